@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Install what the tests want into .venv-tests, and run them: `bash tests/run.sh [ARGUMENTS OF pytest]`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if ! cat requirements.txt tests/requirements.txt | cmp -s - .venv-tests/installed.txt; then
+    "${PYTHON:-python3}" -m venv .venv-tests
+    .venv-tests/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+    cat requirements.txt tests/requirements.txt > .venv-tests/installed.txt
+fi
+exec .venv-tests/bin/python -m pytest "$@"

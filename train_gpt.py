@@ -1,0 +1,1104 @@
+"""Train a 124M-parameter GPT on FineWeb tokens to a validation loss of 3.28, as fast as can be.
+
+The recipe that took 8 H100 GPUs just under three minutes in January 2025, in one file that imports, tests and explains
+itself, and that runs unchanged on eight GPUs, on one, or on a CPU:
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py         the speedrun
+    python train_gpt.py --preset tiny                             a small model, in two minutes on two CPU cores
+
+What has been seen, on which hardware, with which log: the results table of README.md.
+Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, log, run.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import functools
+import glob
+import hashlib
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# Machine: every choice of device and precision is made here and flows from here
+
+BF16_PEAK_FLOPS = {  # dense, by the vendors' data sheets; the first name that is part of the card's name counts
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10": 125e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message is one sentence: what was found, where, and what to do."""
+
+
+@torch.compiler.assume_constant_result
+def fp8_supported(device: torch.device) -> bool:
+    """Whether the device multiplies FP8 in hardware: CUDA, compute capability 8.9 (Ada) and up."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process runs on, and as which of how many processes."""
+
+    device: torch.device
+    name: str  # of the GPU or the CPU
+    dtype: torch.dtype  # of the activations, when the settings leave it to the machine: the faster one
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def detect(cls) -> "Machine":
+        """Take this process's own GPU, before anything else touches one, or the CPU where torch finds no GPU.
+
+        Raises UserError where there are more processes than GPUs, or where the GPU has no bfloat16.
+        """
+        rank, local_rank, world_size = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        if not torch.cuda.is_available():
+            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "")
+            name = f"CPU, {found[1] if found else platform.machine()}, {torch.get_num_threads()} threads a process"
+            # A CPU without bfloat16 instructions imitates them, at a fraction of float32's speed.
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            dtype = torch.bfloat16 if native else torch.float32
+            return cls(torch.device("cpu"), name, dtype, rank, local_rank, world_size)
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"{count} GPU(s) found here, and process {local_rank} would need one more; start torchrun with "
+                            f"--nproc_per_node={count}.")
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # both names are read when the first memory is taken
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less lost to fragmentation
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.empty(1, device=device)  # makes the CUDA context on this card, and on no other
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(f"{name} has no bfloat16 (compute capability below 8.0); use an Ampere or newer GPU, or train "
+                            "--preset tiny on the CPU, hiding the card with CUDA_VISIBLE_DEVICES=''.")
+        return cls(device, name, torch.bfloat16, rank, local_rank, world_size)
+
+    @property
+    def is_gpu(self) -> bool:
+        """GPUs compile the network, and work while the host goes on; a CPU runs it as it is written."""
+        return self.device.type == "cuda"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """bfloat16 FLOP/s of one GPU by its data sheet; None where the table has none."""
+        return next((flops for name, flops in BF16_PEAK_FLOPS.items() if name in self.name), None)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def read_later(self, value: Tensor):
+        """Start copying a 0-d tensor to the host. The function returned waits for that copy alone, and gives the float."""
+        if not self.is_gpu:
+            return value.item
+        host, copied = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(value, non_blocking=True)
+        copied.record()
+        return lambda: (copied.synchronize(), host.item())[1]
+
+    def peak_memory(self) -> tuple[int, int]:
+        """Peak memory in MiB, (allocated, reserved); on a CPU the most that was ever resident, twice."""
+        if self.is_gpu:
+            return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        import resource  # Windows has none, and nothing else here minds
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+        return resident, resident
+
+
+# -----------------------------------------------------------------------------
+# FP8 matmul: twice the rate of bfloat16, for operands whose range is known well enough for a fixed scale.
+# e4m3 for activations and weights, e5m2 for gradients, which need range more than digits:
+# "FP8 Formats for Deep Learning" (Micikevicius et al., 2022).
+
+
+def fused_on_gpu(function):
+    """Compile a function of tensors at its first call on a GPU; elsewhere run it as it is."""
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
+    return functools.wraps(function)(lambda *args: compiled()(*args) if args[0].is_cuda else function(*args))
+
+
+def to_fp8(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`t * scale` rounded to an FP8 format. What is too large becomes the format's largest number, not infinity."""
+    largest = torch.finfo(dtype).max
+    return (t.float() * scale).clamp(-largest, largest).to(dtype)
+
+
+def scaled_mm(a: Tensor, b: Tensor, a_s: float, b_s: float, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """`a @ b.T / (a_s * b_s)` of two row-major FP8 matrices, the one layout that the hardware multiplies."""
+    inverse_a, inverse_b = (a.new_full((), 1 / scale, dtype=torch.float32) for scale in (a_s, b_s))
+    return torch._scaled_mm(a, b.T, scale_a=inverse_a, scale_b=inverse_b, out_dtype=dtype, use_fast_accum=fast)
+
+
+@torch.library.custom_op("nanogpt::mm", mutates_args=())
+@fused_on_gpu
+def mm_op(x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`x @ w.T` in FP8, for x (T, in) and w (out, in) of any float dtype and sizes that are multiples of 16.
+
+    Returns the product, bfloat16 (T, out), and both operands times their scales in e4m3, which the backward pass needs.
+    grad_s is the scale of the gradient there.
+    """
+    x_f8, w_f8 = to_fp8(x, x_s, torch.float8_e4m3fn), to_fp8(w, w_s, torch.float8_e4m3fn)
+    return scaled_mm(x_f8, w_f8, x_s, w_s, torch.bfloat16, fast=True), x_f8, w_f8
+
+
+@torch.library.custom_op("nanogpt::mm_backward", mutates_args=())
+@fused_on_gpu
+def mm_backward_op(grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor]:
+    """Gradients of `mm` for grad (T, out): of x, bfloat16 (T, in), and of w, float32 (out, in)."""
+    grad_f8 = to_fp8(grad, grad_s, torch.float8_e5m2)
+    grad_x = scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16)
+    grad_w = scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32)
+    return grad_x, grad_w
+
+
+@mm_op.register_fake
+def _(x, w, x_s, w_s, grad_s):
+    torch._check(x.ndim == w.ndim == 2 and x.size(1) == w.size(1), lambda: f"cannot multiply {tuple(x.shape)}, {tuple(w.shape)}")
+    rounded = (t.new_empty(t.shape, dtype=torch.float8_e4m3fn) for t in (x, w))
+    return x.new_empty(x.size(0), w.size(0), dtype=torch.bfloat16), *rounded
+
+
+@mm_backward_op.register_fake
+def _(grad, x_f8, w_f8, x_s, w_s, grad_s):
+    return x_f8.new_empty(x_f8.shape, dtype=torch.bfloat16), w_f8.new_empty(w_f8.shape, dtype=torch.float32)
+
+
+def mm_setup_context(ctx, inputs, output) -> None:
+    x, w, *ctx.scales = inputs
+    ctx.dtypes = x.dtype, w.dtype
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def mm_autograd(ctx, grad: Tensor, *_):
+    grads = torch.ops.nanogpt.mm_backward(grad, *ctx.saved_tensors, *ctx.scales)
+    return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)), None, None, None
+
+
+mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
+
+# -----------------------------------------------------------------------------
+# Muon: momentum, orthogonalised. "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
+
+
+def zeropower_via_newtonschulz5(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """About the nearest orthogonal matrix: U S V^T becomes U S' V^T, with every S' somewhere between 0.7 and 1.2.
+
+    Each step applies an odd quintic to all singular values at once, by matmuls alone. Its coefficients make the slope at
+    zero as steep as can be, so that small values grow 3.4-fold a step; that large ones then hover around 1 instead of
+    reaching it does not hurt. "Old Optimizer, New Norm" (Bernstein & Newhouse, 2024).
+
+    G: (..., rows, cols) of any float dtype; the result has its shape, and `dtype`. The leading dimensions are a batch.
+    """
+    if G.ndim < 2:
+        raise ValueError(f"Newton-Schulz needs matrices, got a tensor of shape {tuple(G.shape)}")
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values at most 1; 1e-7 lets a zero matrix stay zero
+    X = X.to(dtype).reshape(-1, *G.shape[-2:])
+    if tall := G.size(-2) > G.size(-1):
+        X = X.mT  # the products below are (rows, rows): let that be the shorter side
+    for _ in range(steps):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + b A X + c A A X
+    return (X.mT if tall else X).reshape(G.shape)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates, for the hidden matrices of a network.
+
+    Parameters of one shape are a group: their updates are stacked, and orthogonalised in one batched call. Of each stack
+    every process takes an equal share (padded at the end, where it does not divide evenly), and keeps momentum for that
+    share alone. While the results of one group are being gathered, the next group is being computed.
+
+    params: of two or more dimensions, the last two being the matrix. The attribute `lr_mul` of a parameter, where there
+        is one, multiplies its learning rate.
+    lr: length of a step; a tall matrix's is multiplied by sqrt(rows / cols), for the same change in what it puts out.
+    momentum, nesterov, ns_steps: share of the old momentum, whether to look ahead by it, steps of Newton-Schulz.
+    rank, world_size: this process, of how many. Beyond one they need the default process group, and have to call `step`
+        with the same parameters and the same gradients, averaged already.
+    dtype: of the orthogonalisation; bfloat16 is precise enough to train with.
+    """
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
+                 rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.bfloat16):
+        groups: dict[tuple, list[Tensor]] = {}
+        for p in params:
+            if p.ndim < 2:
+                raise ValueError(f"Muon is for matrices; give the parameter of shape {tuple(p.shape)} to Adam")
+            groups.setdefault((p.shape, p.dtype, p.device), []).append(p)
+        defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps)
+        super().__init__([dict(params=group) for group in groups.values()], defaults)
+        self.rank, self.world_size, self.dtype = rank, world_size, dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter by its `.grad`; where that is None it counts as zero."""
+        travelling = None
+        for group in self.param_groups:
+            updates, work = self.orthogonal_updates(group), None
+            if self.world_size > 1:
+                mine, updates = updates, updates.new_empty(len(updates) * self.world_size, *updates.shape[1:])
+                work = dist.all_gather_into_tensor(updates, mine, async_op=True)
+            if travelling:  # the group before, whose updates were on their way while this one was computed
+                self.apply(*travelling)
+            travelling = group, updates, work
+        if travelling:
+            self.apply(*travelling)
+
+    def orthogonal_updates(self, group: dict) -> Tensor:
+        """Advance the momentum of this process's share of a group; the share's updates, (share, *shape), zero-padded."""
+        first, share = group["params"][0], math.ceil(len(group["params"]) / self.world_size)
+        mine = group["params"][self.rank * share:(self.rank + 1) * share]
+        updates = torch.zeros(share, *first.shape, dtype=self.dtype, device=first.device)
+        if mine:
+            for p in mine:
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
+            buffers = [self.state[p]["momentum_buffer"] for p in mine]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+            updates[:len(mine)] = zeropower_via_newtonschulz5(torch.stack(ahead), group["ns_steps"], self.dtype)
+        return updates
+
+    def apply(self, group: dict, updates: Tensor, work) -> None:
+        """Take a group's step, once its updates have arrived."""
+        if work:
+            work.wait()
+        rows, cols = group["params"][0].shape[-2:]
+        for p, update in zip(group["params"], updates):
+            p.add_(update, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * max(1, rows / cols) ** 0.5)
+
+
+# -----------------------------------------------------------------------------
+# Attention: FlexAttention's kernel on a GPU; on a CPU, where that has no backward pass, one for the same BlockMask
+
+BLOCK = 128  # tokens; masks, windows and sequences are made of such blocks
+
+
+def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A BlockMask in the form that batched matmuls want, worked out once and kept with it.
+
+    For n query blocks that see at most K key blocks each: those blocks' numbers (n, K), filled up with zeros; what is
+    added to the scores, float32 (n, 128, K * 128), zero or minus infinity; which queries see anything, (T, 1), or None
+    where all do.
+    """
+    if not hasattr(block_mask, "plan"):
+        partial, partial_index = block_mask.kv_num_blocks[0, 0, :, None], block_mask.kv_indices[0, 0].long()
+        full, full_index = torch.zeros_like(partial), partial_index[:, :0]
+        if block_mask.full_kv_num_blocks is not None:
+            full, full_index = block_mask.full_kv_num_blocks[0, 0, :, None], block_mask.full_kv_indices[0, 0].long()
+        slot = torch.arange(max(1, int((partial + full).max())), device=partial.device)  # first the partial, then the full
+        listed, masked = slot < partial + full, slot < partial
+        column = torch.where(masked, slot, partial_index.size(1) + slot - partial).where(listed, 0)
+        blocks = torch.cat([partial_index, full_index], dim=1).gather(1, column).where(listed, 0)
+        token = torch.arange(len(partial) * BLOCK, device=partial.device).view(-1, BLOCK)
+        zero = token.new_zeros(())
+        allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None])  # (n, 128, K, 128)
+        allowed = ((allowed | ~masked[:, None, :, None]) & listed[:, None, :, None]).flatten(2)
+        sees = allowed.any(-1, keepdim=True)
+        bias = torch.zeros(allowed.shape, device=token.device).masked_fill_(~allowed & sees, float("-inf"))
+        block_mask.plan = blocks, bias, None if sees.all() else sees.view(-1, 1)
+    return block_mask.plan
+
+
+class BlockSparseAttention(torch.autograd.Function):
+    """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks (n, K) and bias as in the plan.
+
+    Scores and their gradients are float32, as in FlexAttention; the other three products take the inputs' dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bias: Tensor, scale: float) -> Tensor:
+        H, T, D = q.shape
+        q = q.reshape(H, -1, BLOCK, D)
+        k, v = (t.reshape(H, len(blocks), -1).index_select(1, blocks.flatten()).view(H, len(blocks), -1, D) for t in (k, v))
+        p = torch.softmax((q.float() @ k.float().mT).mul_(scale).add_(bias), dim=-1).to(v.dtype)
+        out = p @ v
+        ctx.save_for_backward(q, k, v, p, out, blocks)
+        ctx.scale = scale
+        return out.view(H, T, D)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, p, out, blocks = ctx.saved_tensors
+        grad = grad.reshape(q.shape)
+        # The softmax's gradient is ds = p (dp - sum(p dp)), and that sum is the product of the output with its gradient.
+        expected = (grad.float() * out.float()).sum(-1, keepdim=True)
+        ds = (grad.float() @ v.float().mT).sub_(expected).mul_(p).mul_(ctx.scale).to(q.dtype)
+
+        def to_keys(t: Tensor) -> Tensor:  # a key block adds up what came from every query block that saw it
+            total = t.new_zeros(len(q), len(blocks), t[0, 0].numel() // blocks.size(1))
+            return total.index_add_(1, blocks.flatten(), t.view(len(q), blocks.numel(), -1)).view(len(q), -1, q.size(-1))
+
+        return (ds @ k).flatten(1, 2), to_keys(ds.mT @ q), to_keys(p.mT @ grad), None, None, None
+
+
+@torch.compiler.disable
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+    """What `flex_attention` returns for the same arguments, with a backward pass on every device.
+
+    q, k, v: (1, heads, T, head_dim); block_mask: the same for all heads, in blocks of 128. Only listed blocks are touched,
+    so the cost grows with T * window. Returns (1, heads, T, head_dim), zeros for a query that sees nothing.
+    """
+    blocks, bias, sees = block_sparse_plan(block_mask)
+    out = BlockSparseAttention.apply(q[0], k[0], v[0], blocks, bias, scale)
+    return (out if sees is None else out * sees)[None]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+    """Attention under a block mask with the kernel that the tensors' device has; shapes as in block_sparse_attention."""
+    if q.is_meta:
+        return (q @ k.mT) @ v  # FlexAttention refuses the meta device, which asks for shapes and dtypes alone
+    kernel = block_sparse_attention if q.is_cpu else flex_attention
+    return kernel(q, k, v, block_mask=block_mask, scale=scale)
+
+
+# -----------------------------------------------------------------------------
+# Network: a GPT with rotary positions, value embeddings, U-net skips, and attention within documents and windows
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS normalisation over the last dimension, without weights; shape and dtype stay."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def next_multiple_of_n(v: float, *, n: int) -> int:
+    """The smallest positive multiple of n that is at least v."""
+    return max(1, math.ceil(v / n)) * n
+
+
+class CastedLinear(nn.Module):
+    """`x @ weight.T`, no bias: the weight is float32, drawn uniformly, and cast to the activations' dtype at each use.
+
+    use_fp8: multiply in FP8 in training, where the hardware can, with the scales x_s, w_s, grad_s of activations, weight
+    and gradient; in evaluation always plainly. The weight is (out_features, in_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int, use_fp8: bool = False,
+                 x_s: float = 1.0, w_s: float = 1.0, grad_s: float = 1.0):
+        super().__init__()
+        self.use_fp8, self.x_s, self.w_s, self.grad_s = use_fp8, x_s, w_s, grad_s
+        bound = 3**0.5 * 0.5 * in_features**-0.5  # standard deviation 0.5 / sqrt(fan_in), times sqrt(3) for a uniform one
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+
+    def zeroed(self) -> "CastedLinear":
+        """The same layer with its weight at zero: what it projects into begins undisturbed."""
+        nn.init.zeros_(self.weight)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), of the same dtype. Leading dimensions of the weight count as rows."""
+        weight = self.weight.flatten(0, -2)
+        if self.use_fp8 and self.training and fp8_supported(x.device):
+            out, *_ = torch.ops.nanogpt.mm(x.flatten(0, -2), weight, self.x_s, self.w_s, self.grad_s)
+            return out.view(*x.shape[:-1], -1).type_as(x)
+        return F.linear(x, weight.type_as(x))
+
+
+class Rotary(nn.Module):
+    """Rotary positions, "RoFormer" (Su et al., 2021), for half of the channels; the others turn by nothing, and so
+    compare contents alone."""
+
+    def __init__(self, head_dim: int, max_seq_len: int):
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"head_dim must be a multiple of 4 for rotary positions, got {head_dim}")
+        frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, head_dim // 4), torch.zeros(head_dim // 4)])
+        angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # radians
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (max_seq_len, head_dim / 2)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
+        if x.size(1) > self.cos.size(0):
+            raise ValueError(f"a sequence of {x.size(1)} tokens is longer than max_seq_len, {self.cos.size(0)}")
+        cos, sin = self.cos[:x.size(1), None], self.sin[:x.size(1), None]
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention of one sequence, with normalised queries and keys, and a token's value embedding mixed into its value."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, max_seq_len: int, **fp8):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.qkv = CastedLinear(dim, 3 * num_heads * head_dim, **fp8)
+        # One matmul, but three matrices for Muon, which has to orthogonalise each by itself.
+        self.qkv.weight = nn.Parameter(self.qkv.weight.detach().view(3, num_heads * head_dim, dim))
+        self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.rotary = Rotary(head_dim, max_seq_len)
+        self.c_proj = CastedLinear(num_heads * head_dim, dim, **fp8).zeroed()
+        self.scale = 0.12  # for unit-RMS q and k of 128 channels a bit sharper than the usual 1/sqrt(128) = 0.088
+
+    def forward(self, x: Tensor, ve: Tensor | None, block_mask: BlockMask) -> Tensor:
+        """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim).chunk(3, dim=2)
+        q, k = self.rotary(norm(q)), self.rotary(norm(k))
+        v = self.lambdas[0] * v
+        if ve is not None:
+            v = v + self.lambdas[1] * ve.view_as(v)
+        y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, self.scale)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Four times as wide inside, with a squared ReLU: "Primer" (So et al., 2021)."""
+
+    def __init__(self, dim: int, **fp8):
+        super().__init__()
+        self.c_fc = CastedLinear(dim, 4 * dim, **fp8)
+        # Squares are larger than what is normalised: a quarter of the scale keeps them below 448, e4m3's largest number.
+        self.c_proj = CastedLinear(4 * dim, dim, **fp8 | (dict(x_s=fp8["x_s"] / 4) if fp8 else {})).zeroed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to the same shape and dtype."""
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention, where the layer has it, and MLP, with the embedded input x0 mixed into the stream before them."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, max_seq_len: int, has_attention: bool = True, **fp8):
+        super().__init__()
+        self.attn = CausalSelfAttention(dim, num_heads, head_dim, max_seq_len, **fp8) if has_attention else None
+        self.mlp = MLP(dim, **fp8)
+        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x: Tensor, ve: Tensor | None, x0: Tensor, block_mask: BlockMask) -> Tensor:
+        """x and x0 (1, T, dim), ve as for attention; returns the shape and dtype of x."""
+        x = self.lambdas[0] * x + self.lambdas[1] * x0
+        if self.attn is not None:
+            x = x + self.attn(norm(x), ve, block_mask)
+        return x + self.mlp(norm(x))
+
+
+class ValueEmbedding(nn.Module):
+    """Three embeddings of each token, for the values of the first three layers and again of the last three.
+
+    An embedding in place of the first layer's values in "Value Residual Learning" (Zhou et al., 2024).
+    """
+
+    def __init__(self, vocab_size: int, dim: int, num_layers: int, dtype: torch.dtype):
+        super().__init__()
+        if num_layers < 6:
+            raise ValueError(f"three value embeddings, each used twice, need six layers or more, got {num_layers}")
+        self.num_layers = num_layers
+        self.embed = nn.ModuleList(nn.Embedding(vocab_size, dim, dtype=dtype) for _ in range(3))
+
+    def forward(self, input_seq: Tensor) -> list[Tensor | None]:
+        """Ids (T,) to an entry for each layer: (1, T, dim), or None for the layers between."""
+        ve = [table(input_seq)[None] for table in self.embed]
+        return ve + [None] * (self.num_layers - 6) + ve
+
+
+class GPT(nn.Module):
+    """The network, for one sequence at a time, which holds any number of documents.
+
+    The first half of the layers pushes what it puts out, the second half pops it and mixes it in by a learnable weight, as
+    in "U-Net" (Ronneberger et al., 2015); an odd layer in the middle does neither.
+
+    vocab_size: of the tokens, the last of which begins a document. max_seq_len: tokens of the longest sequence.
+    attention_free_layers: layers that are an MLP alone.
+    fp8: matmuls in FP8 where the hardware can: "none", "head", or "all", which adds the hidden ones.
+    dtype: of the embeddings, from which the activations take theirs; all other weights are float32.
+    train_seq_len: tokens of a micro-step (None: max_seq_len). The loss is their mean, so its gradients shrink as they
+        grow in number, and FP8 has to scale them up by as much.
+    """
+
+    def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, max_seq_len: int, *,
+                 attention_free_layers: tuple[int, ...] = (7,), fp8: str = "head", dtype: torch.dtype = torch.bfloat16,
+                 train_seq_len: int | None = None):
+        super().__init__()
+        self.vocab_size, self.num_layers, self.num_skips = vocab_size, num_layers, num_layers // 2
+        grad_s = 524288.0 * (train_seq_len or max_seq_len) / (48 * 1024)  # 2**19 is right for a mean over 48K tokens
+        hidden = dict(use_fp8=True, x_s=2.0, w_s=128.0, grad_s=grad_s) if fp8 == "all" else {}  # |x| <= 224, |w| <= 3.5
+        self.embed = nn.Embedding(vocab_size, model_dim, dtype=dtype)  # drawn from N(0, 1), as the value embeddings
+        self.value_embeds = ValueEmbedding(vocab_size, num_heads * head_dim, num_layers, dtype)
+        self.blocks = nn.ModuleList(Block(model_dim, num_heads, head_dim, max_seq_len, i not in attention_free_layers, **hidden)
+                                    for i in range(num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(self.num_skips))
+        self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128), use_fp8=fp8 != "none",
+                                    x_s=2.0, w_s=512.0, grad_s=grad_s).zeroed()
+
+    def create_block_masks(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> tuple[BlockMask, BlockMask]:
+        """The long and the short mask: causal, within documents, within a window of blocks.
+
+        input_seq: ids (T,), T a multiple of 128. sliding_window_num_blocks: W, 0-d int32. Query block i sees the key
+        blocks i - W < j <= i (the short mask: with max(1, W // 2) for W), and in them token q sees k when k <= q and both
+        are of one document. Only block indices and the blocks' first and last tokens are looked at, all on the device.
+        Full blocks, which need no mask inside, are listed apart from partial ones; the nearest come first.
+        """
+        if input_seq.ndim != 1 or input_seq.numel() % BLOCK:
+            raise ValueError(f"input_seq must be (T,) with T a multiple of {BLOCK}, got {tuple(input_seq.shape)}")
+        document = (input_seq == self.vocab_size - 1).cumsum(0)
+        first, last = document.view(-1, BLOCK)[:, 0], document.view(-1, BLOCK)[:, -1]
+        j = torch.arange(first.numel(), dtype=torch.int32, device=input_seq.device)
+        i = j[:, None]
+        # Documents are numbered upwards. So an earlier block shares one with block i exactly when it ends in the one where
+        # i begins, and both lie in a single one exactly when it begins in the one where i ends.
+        shared, full = (j <= i) & (last == first[:, None]) | (j == i), (j < i) & (first == last[:, None])
+
+        def causal_in_document(b, h, q, k):
+            return (k <= q) & (document[q] == document[k])
+
+        def nearest_first(listed: Tensor) -> tuple[Tensor, Tensor]:
+            order = torch.where(listed, j + 1, 0).argsort(dim=-1, descending=True).int()
+            return listed.sum(-1, dtype=torch.int32)[None, None], order[None, None]
+
+        def within(window: Tensor) -> BlockMask:
+            near = j > i - window
+            return BlockMask.from_kv_blocks(*nearest_first(shared & ~full & near), *nearest_first(full & near),
+                                            BLOCK_SIZE=BLOCK, mask_mod=causal_in_document)
+
+        return within(sliding_window_num_blocks), within((sliding_window_num_blocks // 2).clamp(min=1))
+
+    def logits(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> Tensor:
+        """Scores of the next token: ids (T,) to float32 (T, vocab_size padded to a multiple of 128)."""
+        long, short = self.create_block_masks(input_seq, sliding_window_num_blocks)
+        ve, skips = self.value_embeds(input_seq), []
+        x = x0 = norm(self.embed(input_seq)[None])
+        for i, block in enumerate(self.blocks):
+            from_end = self.num_layers - 1 - i
+            if from_end < self.num_skips:
+                x = x + self.skip_weights[self.num_skips - 1 - from_end] * skips.pop()
+            # Every fourth layer from either end sees the long window: 0, 4, 7 and 11 of 12.
+            x = block(x, ve[i], x0, long if min(i, from_end) % 4 == 0 else short)
+            if i < self.num_skips:
+                skips.append(x)
+        # Logits kept below 30, "Gemma 2" (2024): up to a constant, which the softmax ignores, this is 15 tanh(x / 15).
+        return 30 * torch.sigmoid(self.lm_head(norm(x))[0].float() / 7.5)
+
+    def forward(self, input_seq: Tensor, target_seq: Tensor, sliding_window_num_blocks: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token, 0-d float32: input_seq (T,) int32; target_seq (T,) int64, where -100
+        does not count; sliding_window_num_blocks 0-d int32."""
+        return F.cross_entropy(self.logits(input_seq, sliding_window_num_blocks), target_seq)
+
+
+# -----------------------------------------------------------------------------
+# Data: shards, each a header of 256 int32 (magic, version, number of tokens, vocabulary size, zeros) and uint16 tokens
+
+HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, GPT2_VOCAB = 256, 20240520, 1, 50257
+
+
+def open_shard(path: str) -> tuple[np.ndarray, int]:
+    """Map a shard into memory: its tokens (N,) uint16 and its vocabulary size. Raises UserError where it is not one."""
+    size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a token shard: it begins with {header[:2].tolist()}, expected the magic number and version "
+                        f"[{SHARD_MAGIC}, {SHARD_VERSION}]; make it again, or let --train_files and --val_files leave it out.")
+    num_tokens, vocab_size = int(header[2]), int(header[3]) or GPT2_VOCAB  # the public shards leave the vocabulary at 0
+    if num_tokens < 1 or size != (expected := 4 * HEADER_INTS + 2 * num_tokens):
+        raise UserError(f"{path} is damaged: for the {num_tokens} tokens of its header it would have {expected} bytes, and it has "
+                        f"{size}; fetch or make it again.")
+    if not 2 <= vocab_size <= 1 << 16:
+        raise UserError(f"{path} is damaged: its header has a vocabulary of {vocab_size}, which 16-bit tokens cannot; make it again.")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,)), vocab_size
+
+
+class DistributedDataLoader:
+    """The tokens of all shards, in the order of the files' names, cut into sequences that the processes take in turn.
+
+    Sequence g begins at token g * seq_len, whatever the number of processes, and may run across the ends of shards.
+
+    filename_pattern: a glob. num_tokens: how many tokens the run predicts (None or 0: all that there are); targets beyond
+    are -100. repeat: begin again at the end of the tokens. device: where sequences go.
+    Raises UserError where files are missing or broken, or have too few tokens.
+    """
+
+    def __init__(self, filename_pattern: str, seq_len: int, *, num_tokens: int | None = None, rank: int = 0,
+                 world_size: int = 1, device: torch.device | str = "cpu", repeat: bool = False):
+        self.files = sorted(glob.glob(filename_pattern))
+        if not self.files:
+            raise UserError(f"no token shard matches {os.path.abspath(filename_pattern)}; make some with `python data/local_text.py`, "
+                            "fetch FineWeb as README.md says, or name yours with --train_files and --val_files.")
+        self.shards, vocab_sizes = zip(*map(open_shard, self.files))
+        self.vocab_size = vocab_sizes[0]
+        for path, vocab_size in zip(self.files, vocab_sizes):
+            if vocab_size != self.vocab_size:
+                raise UserError(f"{path} has a vocabulary of {vocab_size} and {self.files[0]} one of {self.vocab_size}; train on "
+                                "shards of one tokenizer.")
+        self.starts = np.cumsum([0, *map(len, self.shards)])
+        self.total = int(self.starts[-1])
+        self.num_tokens = num_tokens or self.total - 1
+        if not repeat and self.num_tokens >= self.total:  # the last target is one token further
+            raise UserError(f"{filename_pattern} has {self.total} tokens, {self.num_tokens + 1 - self.total} fewer than the run needs; "
+                            "add shards, lower --num_iterations (or --val_tokens), or train on them again with --repeat.")
+        self.seq_len, self.rank, self.world_size, self.device = seq_len, rank, world_size, torch.device(device)
+        self.num_sequences = math.ceil(self.num_tokens / seq_len)
+        self.position = 0  # sequences that all processes together have taken
+
+    def check_tokens(self) -> None:
+        """Read all that the run will see. Raises UserError at a token beyond the vocabulary."""
+        for path, start, shard in zip(self.files, self.starts, self.shards):
+            tokens = shard[:max(0, self.num_tokens + 1 - start)]
+            if len(tokens) and tokens.max() >= self.vocab_size:
+                at = int(np.argmax(tokens >= self.vocab_size))
+                raise UserError(f"{path} has token {tokens[at]} at position {at}, beyond its vocabulary of {self.vocab_size}; "
+                                "fetch or make it again.")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens, int32, from position `start` of the shards' endless repetition."""
+        out, done = np.empty(count, dtype=np.int32), 0
+        while done < count:
+            at = (start + done) % self.total
+            shard = int(np.searchsorted(self.starts, at, side="right")) - 1
+            piece = self.shards[shard][at - self.starts[shard]:][:count - done]
+            out[done:done + len(piece)] = piece
+            done += len(piece)
+        return out
+
+    def sequence(self, index: int) -> tuple[Tensor, Tensor]:
+        """Sequence `index` on the device: inputs (seq_len,) int32 and targets (seq_len,) int64."""
+        tokens = torch.from_numpy(self.read(index * self.seq_len, self.seq_len + 1))
+        inputs, targets = tokens[:-1], tokens[1:].long()
+        targets[max(0, self.num_tokens - index * self.seq_len):] = -100
+        if self.device.type == "cuda":  # a copy out of pinned memory runs beside the computation
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """This process's next sequence: number rank, then rank + world_size, and so on."""
+        index, self.position = self.position + self.rank, self.position + self.world_size
+        return self.sequence(index)
+
+
+# -----------------------------------------------------------------------------
+# Settings: one dataclass, whose fields are the flags
+
+
+def setting(default, meaning: str, **limits):
+    """A field with its meaning for --help and its limits: least, multiple_of, choices."""
+    return dataclasses.field(default=default, metadata=dict(meaning=meaning, **limits))
+
+
+@dataclass
+class Hyperparameters:
+    """All that a run depends on besides the machine. The defaults are the speedrun."""
+
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, a glob")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, a glob")
+    val_tokens: int = setting(10485760, "tokens to validate on; 0 for all that there are", least=0)
+    train_seq_len: int = setting(48 * 1024, "tokens of a training sequence, one micro-step", least=BLOCK, multiple_of=BLOCK)
+    val_seq_len: int = setting(64 * 1024, "tokens of a validation sequence", least=BLOCK, multiple_of=BLOCK)
+    seqs_per_step: int = setting(8, "sequences of a step, which the processes share", least=1)
+    repeat: bool = setting(False, "begin again when the training tokens are used up")
+    num_layers: int = setting(12, "layers", least=6)
+    num_heads: int = setting(6, "attention heads", least=1)
+    head_dim: int = setting(128, "channels of a head", least=4, multiple_of=4)
+    model_dim: int = setting(768, "channels of the residual stream", least=16, multiple_of=16)
+    attention_free_layers: tuple[int, ...] = setting((7,), "layers without attention, as in 3,7, or none")
+    num_iterations: int = setting(1770, "steps", least=1)
+    cooldown_frac: float = setting(0.4, "share of the steps, the last, over which learning rates fall to a tenth")
+    max_window: int = setting(1792, "tokens of the attention window at the end; it grows from 128", least=BLOCK, multiple_of=BLOCK)
+    embed_lr: float = setting(0.6, "learning rate of the embeddings (Adam)", least=0)
+    head_lr: float = setting(0.008, "learning rate of the head (Adam)", least=0)
+    scalar_lr: float = setting(0.04, "learning rate of the mixing weights (Adam)", least=0)
+    muon_lr: float = setting(0.05, "learning rate of the hidden matrices (Muon)", least=0)
+    seed: int = setting(0, "seed of the initial weights and of the sample")
+    dtype: str = setting("auto", "of the activations; auto is the faster on the machine", choices=("auto", "bfloat16", "float32"))
+    fp8: str = setting("head", "matmuls in FP8, where the GPU can; all adds the hidden ones", choices=("none", "head", "all"))
+    coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step")
+    val_loss_every: int = setting(125, "steps between validations; 0 for the last alone", least=0)
+    sample: int = setting(0, "tokens to write after training, at most", least=0)
+    log_dir: str = setting("logs", "folder of the log")
+    run_id: str = setting("", "name of the log, log_dir/RUN_ID.txt; made from the time when empty")
+
+
+PRESETS = {
+    "speedrun": {},  # 124M parameters as GPT-2 counts them, to 3.28
+    # 350M by the same count, the shape of GPT-2 Medium, to 2.92
+    "medium": dict(num_layers=24, num_heads=8, model_dim=1024, train_seq_len=64 * 1024, num_iterations=6000, cooldown_frac=0.6,
+                   embed_lr=0.3, head_lr=0.004, scalar_lr=0.02, muon_lr=0.025),
+    # 1.3M, for two minutes on two CPU cores and the shards of data/local_text.py
+    "tiny": dict(train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536,
+                 train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, repeat=True, num_layers=6, num_heads=2, head_dim=64,
+                 model_dim=128, attention_free_layers=(4,), num_iterations=500, max_window=512, val_loss_every=100, sample=400),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises a UserError with the nearest flag that exists, where argparse would print the usage and exit."""
+
+    def error(self, message: str):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = [match for word in message.split() if word not in flags for match in difflib.get_close_matches(word, flags, 1)]
+        raise UserError(f"{message}{f'; did you mean {near[0]}?' if near else ''} (--help lists all flags and presets)")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:
+    """The settings that a command line asks for, and its preset. Raises UserError at what it does not know."""
+    def boolean(text: str) -> bool:
+        return bool(["false", "true"].index(text.lower()))
+
+    def layers(text: str) -> tuple[int, ...]:
+        return () if text == "none" else tuple(map(int, text.split(",")))
+
+    def shown(value) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value) or "''"
+
+    parser = OneLineParser(prog="train_gpt.py", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="speedrun", choices=PRESETS, help="what the other settings start from; default speedrun")
+    for field in dataclasses.fields(Hyperparameters):
+        defaults = {name: preset[field.name] for name, preset in PRESETS.items() if field.name in preset}
+        parser.add_argument(
+            f"--{field.name}", type={bool: boolean, tuple[int, ...]: layers}.get(field.type, field.type), default=argparse.SUPPRESS,
+            metavar="X", choices=field.metadata.get("choices"), **(dict(nargs="?", const=True) if field.type is bool else {}),
+            help="; ".join([field.metadata["meaning"], f"default {shown(field.default)}",
+                            *(f"{name} {shown(value)}" for name, value in defaults.items())]))
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset")
+    return Hyperparameters(**PRESETS[preset] | given), preset
+
+
+def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
+    """Raise UserError at the first setting that cannot work, on this machine and with these processes."""
+    if preset != "tiny" and not machine.is_gpu:
+        raise UserError(f"the {preset} preset needs a CUDA GPU, and torch {torch.__version__} finds none here; use --preset tiny, or "
+                        "see whether nvidia-smi lists the card and torch is a CUDA build.")
+    for field in dataclasses.fields(hp):
+        value, least, multiple = getattr(hp, field.name), field.metadata.get("least"), field.metadata.get("multiple_of")
+        if least is not None and value < least or multiple and value % multiple:
+            wanted = f"a multiple of {multiple}, such as {next_multiple_of_n(value, n=multiple)}" if multiple else f"at least {least}"
+            raise UserError(f"--{field.name} is {value}, and has to be {wanted}.")
+    if not 0 < hp.cooldown_frac <= 1:
+        raise UserError(f"--cooldown_frac is {hp.cooldown_frac}, and has to be above 0 and at most 1.")
+    if hp.seqs_per_step % machine.world_size:
+        raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; start a number that "
+                        f"divides {hp.seqs_per_step}, or set --seqs_per_step to a multiple of {machine.world_size}.")
+
+
+def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
+    """1 until the cooldown, then linearly down to 0.1 at the end."""
+    left = (1 - step / hp.num_iterations) / hp.cooldown_frac
+    return 1.0 if left >= 1 else 0.1 + 0.9 * left
+
+
+def muon_momentum(step: int) -> float:
+    """From 0.85 to 0.95 over 300 steps: while gradients turn fast, a short memory is the better one."""
+    return 0.85 + 0.1 * min(step / 300, 1)
+
+
+def window_blocks(step: int, hp: Hyperparameters) -> int:
+    """The attention window in blocks of 128 tokens, from 1 to max_window / 128, linear in the steps."""
+    # Half a block below the maximum, so that the longest window is there for some steps and not only after the last.
+    return next_multiple_of_n((hp.max_window - BLOCK // 2) * step / hp.num_iterations, n=BLOCK) // BLOCK
+
+
+# -----------------------------------------------------------------------------
+# Log: this script, versions, hardware and settings; then a line for each step and validation
+
+
+class Clock:
+    """Milliseconds of training; it stands still during validation."""
+
+    def __init__(self, machine: Machine):
+        self.machine, self.elapsed, self.since = machine, 0.0, None
+
+    def start(self) -> None:
+        self.machine.synchronize()
+        self.since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.machine.synchronize()
+        self.elapsed, self.since = self.milliseconds(), None
+
+    def milliseconds(self) -> float:
+        return self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
+
+
+class RunLog:
+    """Writes log_dir/RUN_ID.txt and what a person sees, a bar on a terminal and plain lines elsewhere; on the first process
+    alone. Every line is in the file as soon as it is written. Raises UserError where the file cannot be made."""
+
+    def __init__(self, hp: Hyperparameters, machine: Machine, clock: Clock, facts: dict):
+        self.active, self.machine, self.clock, self.num_iterations = machine.rank == 0, machine, clock, hp.num_iterations
+        self.pending = None  # a step whose loss may still be on its way
+        if not self.active:
+            return
+        path = Path(hp.log_dir, f"{hp.run_id or time.strftime('%Y-%m-%d_%H%M%S_') + uuid.uuid4().hex[:6]}.txt")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "x", buffering=1)
+        except OSError as error:
+            raise UserError(f"the log {path} cannot be made ({error.strerror}); choose another --run_id or --log_dir.") from None
+        source, gpus = Path(__file__).read_text(), ""
+        if machine.is_gpu:
+            gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout
+        about = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, hardware=machine.name,
+                     world_size=machine.world_size, code_sha256=hashlib.sha256(source.encode()).hexdigest())
+        settings = "\n".join(f"{name}: {value}" for name, value in (about | facts | dataclasses.asdict(hp)).items())
+        self.file.write("\n".join([source, "=" * 100, gpus, settings, "=" * 100, ""]))
+        self.bar = tqdm(total=hp.num_iterations, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self.line(f"log: {path}")
+
+    def line(self, text: str, shown: bool = True) -> None:
+        """Add a line to the file, and show it unless the bar already says as much."""
+        if self.active:
+            self.file.write(text + "\n")
+            if shown:
+                self.bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+
+    def times(self, step: int) -> str:
+        return f"train_time:{self.clock.milliseconds():.0f}ms step_avg:{self.clock.milliseconds() / max(step, 1):.2f}ms"
+
+    def step(self, step: int, loss: Tensor) -> None:
+        """The line of a step. A GPU's is written while its next step runs, when the loss has arrived without a wait."""
+        self.flush()
+        self.pending = step, self.machine.read_later(loss)
+        if not self.machine.is_gpu:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the line that waits for its loss."""
+        if self.active and self.pending:
+            (step, read), self.pending = self.pending, None
+            loss = read()
+            self.line(f"step:{step}/{self.num_iterations} {self.times(step)} train_loss:{loss:.4f}", shown=self.bar.disable)
+            self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
+            self.bar.update()
+
+    def validation(self, step: int, loss: float) -> None:
+        self.line(f"step:{step}/{self.num_iterations} val_loss:{loss:.4f} {self.times(step)}")
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()
+
+
+# -----------------------------------------------------------------------------
+# Run
+
+
+def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
+    """The network on the machine's device. Weights are drawn on the CPU, so that a seed gives the same ones everywhere."""
+    torch.manual_seed(hp.seed)
+    dtype = machine.dtype if hp.dtype == "auto" else getattr(torch, hp.dtype)
+    fp8 = hp.fp8 if fp8_supported(machine.device) and dtype == torch.bfloat16 else "none"
+    return GPT(vocab_size, hp.num_layers, hp.num_heads, hp.head_dim, hp.model_dim, max(hp.train_seq_len, hp.val_seq_len),
+               attention_free_layers=hp.attention_free_layers, fp8=fp8, dtype=dtype, train_seq_len=hp.train_seq_len).to(machine.device)
+
+
+def build_optimizers(model: GPT, hp: Hyperparameters, machine: Machine) -> list[torch.optim.Optimizer]:
+    """Adam for the embeddings, the head and single numbers; Muon for the matrices between."""
+    embeds = [*model.embed.parameters(), *model.value_embeds.parameters()]
+    groups = [dict(params=model.lm_head.parameters(), lr=hp.head_lr), dict(params=embeds, lr=hp.embed_lr),
+              dict(params=[p for p in model.parameters() if p.ndim < 2], lr=hp.scalar_lr)]
+    # The gradients of a mean over many tokens are small, and an eps of the usual 1e-8 would not be small beside them.
+    adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
+    # Activations in float32 ask for precision; then the updates get it too.
+    muon = Muon([p for p in model.blocks.parameters() if p.ndim >= 2], lr=hp.muon_lr, momentum=muon_momentum(0),
+                rank=machine.rank, world_size=machine.world_size, dtype=model.embed.weight.dtype)
+    for group in adam.param_groups + muon.param_groups:
+        group["initial_lr"] = group["lr"]
+    return [adam, muon]
+
+
+def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters) -> None:
+    """Give the optimizers a step's learning rates and momentum."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate_factor(step, hp)
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+
+
+def window_tensor(step: int, hp: Hyperparameters, machine: Machine) -> Tensor:
+    """A step's window in blocks, 0-d int32 on the device: a tensor, so that a longer one is no new compilation."""
+    return torch.tensor(window_blocks(step, hp), dtype=torch.int32).to(machine.device, non_blocking=True)
+
+
+def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, machine: Machine) -> Tensor:
+    """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share.
+
+    Gradients add up over the micro-steps, and are reduced over the processes once. Returns the step's mean loss, 0-d.
+    """
+    loss_sum = torch.zeros((), device=machine.device)
+    for inputs, targets in batches:
+        loss = model(inputs, targets, window)
+        loss.backward()
+        loss_sum += loss.detach()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if machine.world_size > 1:
+        for work in [dist.all_reduce(t, async_op=True) for t in (loss_sum, *grads)]:
+            work.wait()
+    torch._foreach_div_(grads, seqs_per_step)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return loss_sum / seqs_per_step
+
+
+@torch.no_grad()
+def validate(model, loader: DistributedDataLoader, window: Tensor, machine: Machine) -> float:
+    """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=machine.device)
+    for index in range(machine.rank, loader.num_sequences, machine.world_size):
+        num_tokens = min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
+        total += model(*loader.sequence(index), window).double() * num_tokens
+    if machine.world_size > 1:
+        dist.all_reduce(total)
+    model.train()
+    return total.item() / loader.num_tokens
+
+
+def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, machine: Machine) -> None:
+    """Compile and run every kernel on made-up tokens, then put weights, optimizers and random state back as they were."""
+    before = copy.deepcopy([module.state_dict() for module in (model, *optimizers)])
+    with torch.random.fork_rng(devices=[machine.device] if machine.is_gpu else []):
+        window = window_tensor(hp.num_iterations, hp, machine)  # the longest: what fits into memory now always will
+
+        def made_up(length: int) -> tuple[Tensor, Tensor]:
+            return tuple(torch.randint(vocab_size, (length,), device=machine.device, dtype=t) for t in (torch.int32, torch.int64))
+
+        for _ in range(2):
+            training_step(model, optimizers, [made_up(hp.train_seq_len)], window, 1, machine)
+        model.eval()
+        with torch.no_grad():
+            model(*made_up(hp.val_seq_len), window)
+        model.train()
+    for module, state in zip((model, *optimizers), before):
+        module.load_state_dict(state)
+
+
+@torch.no_grad()
+def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> list[int]:
+    """Draw one document from the model, num_tokens at most."""
+    model.eval()
+    boundary, generator, tokens = model.vocab_size - 1, torch.Generator().manual_seed(seed), []
+    while len(tokens) < num_tokens:
+        seen = [boundary, *tokens][-int(window) * BLOCK:]
+        padded = seen + [boundary] * (-len(seen) % BLOCK)  # what comes later does not change a token's logits
+        logits = model.logits(torch.tensor(padded, dtype=torch.int32, device=window.device), window)[len(seen) - 1, :model.vocab_size]
+        token = int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator))
+        if token == boundary:
+            break
+        tokens.append(token)
+    model.train()
+    return tokens
+
+
+def decode(tokens: list[int], vocab_size: int) -> str:
+    """Tokens as text: bytes directly, GPT-2's through tiktoken where it is installed, otherwise as numbers."""
+    if vocab_size == 257:
+        return bytes(tokens).decode(errors="replace")
+    try:
+        import tiktoken
+        return tiktoken.get_encoding("gpt2").decode(tokens)
+    except Exception as error:  # not there, or its vocabulary cannot be fetched: at this point no reason to fail
+        return f"(as numbers, for want of tiktoken: {error}) {' '.join(map(str, tokens))}"
+
+
+def report(log: RunLog, clock: Clock, loader: DistributedDataLoader, model: GPT, hp: Hyperparameters, machine: Machine) -> None:
+    """The closing lines: tokens per second and MFU, passes over the tokens, peak memory."""
+    rate = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len / clock.milliseconds() * 1000
+    speed = f"tokens per second: {rate:.0f}"
+    if machine.is_gpu and machine.peak_flops:
+        # 6 FLOP a token for each weight in a matmul, and attention at half the longest window, the mean over the run: an
+        # upper bound, since documents may end sooner.
+        weights = sum(p.numel() for module in (model.blocks, model.lm_head) for p in module.parameters())
+        attention_dim = sum(block.attn is not None for block in model.blocks) * hp.num_heads * hp.head_dim
+        flops = 6 * weights + 12 * attention_dim * hp.max_window / 2
+        speed += f" mfu:{rate * flops / (machine.world_size * machine.peak_flops):.1%} of {machine.peak_flops / 1e12:.0f} TFLOP/s a GPU"
+    log.line(speed)
+    log.line(f"passes over the training tokens: {loader.position * loader.seq_len / loader.total:.2f}")
+    allocated, reserved = machine.peak_memory()
+    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+
+
+def train(hp: Hyperparameters, preset: str, machine: Machine) -> None:
+    """The whole run: check the data, build, warm up, train and validate, report. Raises UserError before any training."""
+    processes = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
+    train_tokens = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len
+    train_loader = DistributedDataLoader(hp.train_files, hp.train_seq_len, num_tokens=train_tokens, repeat=hp.repeat, **processes)
+    val_loader = DistributedDataLoader(hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **processes)
+    vocab_size = train_loader.vocab_size
+    if vocab_size != val_loader.vocab_size:
+        raise UserError(f"{hp.train_files} has a vocabulary of {vocab_size} and {hp.val_files} one of {val_loader.vocab_size}; validate "
+                        "on shards of the same tokenizer.")
+    if machine.local_rank == 0:  # once a machine is enough
+        train_loader.check_tokens()
+        val_loader.check_tokens()
+    if machine.world_size > 1:
+        dist.init_process_group("nccl" if machine.is_gpu else "gloo")
+
+    network = build_model(hp, vocab_size, machine)
+    optimizers = build_optimizers(network, hp, machine)
+    torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
+    model = torch.compile(network, dynamic=False, fullgraph=True) if machine.is_gpu else network
+    clock = Clock(machine)
+    log = RunLog(hp, machine, clock, dict(
+        preset=preset, activations=network.embed.weight.dtype, head="FP8" if network.lm_head.use_fp8 else "as the activations",
+        attention="FlexAttention" if machine.is_gpu else "block-sparse, for want of FlexAttention's backward pass on a CPU",
+        vocab_size=vocab_size, parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total))
+    try:
+        warm_up(model, optimizers, hp, vocab_size, machine)
+        clock.start()
+        for step in range(hp.num_iterations + 1):
+            window = window_tensor(step, hp, machine)
+            if step == hp.num_iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
+                clock.stop()
+                log.flush()
+                log.validation(step, validate(model, val_loader, window, machine))
+                if step == hp.num_iterations:
+                    break
+                clock.start()
+            set_schedule(optimizers, step, hp)
+            batches = (train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size))
+            log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, machine))
+        report(log, clock, train_loader, network, hp, machine)
+        if hp.sample and log.active:
+            log.line("sample: " + decode(sample(network, hp.sample, window, hp.seed), vocab_size))
+    finally:
+        log.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with the flags in `argv` (default: the command line's). Returns the exit code: 2 for what the user can mend."""
+    try:
+        hp, preset = parse_arguments(argv)
+        machine = Machine.detect()
+        check_settings(hp, preset, machine)
+        train(hp, preset, machine)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the machine's other processes found the same
+            print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train_gpt.py: stopped by the keyboard", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
