@@ -13,7 +13,6 @@ Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, se
 import argparse
 import copy
 import dataclasses
-import difflib
 import functools
 import glob
 import hashlib
@@ -24,7 +23,6 @@ import re
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,16 +42,13 @@ BF16_PEAK_FLOPS = {  # dense, by the vendors' data sheets; the first name that i
     "L40S": 362e12, "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }
 
-
 class UserError(Exception):
     """Something that the user can mend. The message is one sentence: what was found, where, and what to do."""
-
 
 @torch.compiler.assume_constant_result
 def fp8_supported(device: torch.device) -> bool:
     """Whether the device multiplies FP8 in hardware: CUDA, compute capability 8.9 (Ada) and up."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -72,37 +67,32 @@ class Machine:
 
         Raises UserError where there are more processes than GPUs, or where the GPU has no bfloat16.
         """
-        rank, local_rank, world_size = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        place = [int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))]
         if not torch.cuda.is_available():
-            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "")
-            name = f"CPU, {found[1] if found else platform.machine()}, {torch.get_num_threads()} threads a process"
+            info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+            model = re.search(r"model name\s*: (.*)", info)
+            name = f"CPU, {model[1] if model else platform.machine()}, {torch.get_num_threads()} threads a process"
             # A CPU without bfloat16 instructions imitates them, at a fraction of float32's speed.
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            dtype = torch.bfloat16 if native else torch.float32
-            return cls(torch.device("cpu"), name, dtype, rank, local_rank, world_size)
-        if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"{count} GPU(s) found here, and process {local_rank} would need one more; start torchrun with "
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
+        if place[1] >= (count := torch.cuda.device_count()):
+            raise UserError(f"{count} GPU(s) found here, and process {place[1]} would need one more; start torchrun with "
                             f"--nproc_per_node={count}.")
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # both names are read when the first memory is taken
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less lost to fragmentation
-        device = torch.device("cuda", local_rank)
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # either name is read when the first memory is taken
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost to fragmentation
+        device = torch.device("cuda", place[1])
         torch.cuda.set_device(device)
         torch.empty(1, device=device)  # makes the CUDA context on this card, and on no other
         name = torch.cuda.get_device_name(device)
         if torch.cuda.get_device_capability(device) < (8, 0):
             raise UserError(f"{name} has no bfloat16 (compute capability below 8.0); use an Ampere or newer GPU, or train "
                             "--preset tiny on the CPU, hiding the card with CUDA_VISIBLE_DEVICES=''.")
-        return cls(device, name, torch.bfloat16, rank, local_rank, world_size)
+        return cls(device, name, torch.bfloat16, *place)
 
     @property
     def is_gpu(self) -> bool:
         """GPUs compile the network, and work while the host goes on; a CPU runs it as it is written."""
         return self.device.type == "cuda"
-
-    @property
-    def peak_flops(self) -> float | None:
-        """bfloat16 FLOP/s of one GPU by its data sheet; None where the table has none."""
-        return next((flops for name, flops in BF16_PEAK_FLOPS.items() if name in self.name), None)
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -123,67 +113,44 @@ class Machine:
         if self.is_gpu:
             return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         import resource  # Windows has none, and nothing else here minds
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-        return resident, resident
-
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10),) * 2
 
 # -----------------------------------------------------------------------------
 # FP8 matmul: twice the rate of bfloat16, for operands whose range is known well enough for a fixed scale.
 # e4m3 for activations and weights, e5m2 for gradients, which need range more than digits:
 # "FP8 Formats for Deep Learning" (Micikevicius et al., 2022).
 
-
 def fused_on_gpu(function):
     """Compile a function of tensors at its first call on a GPU; elsewhere run it as it is."""
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
     return functools.wraps(function)(lambda *args: compiled()(*args) if args[0].is_cuda else function(*args))
-
 
 def to_fp8(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """`t * scale` rounded to an FP8 format. What is too large becomes the format's largest number, not infinity."""
     largest = torch.finfo(dtype).max
     return (t.float() * scale).clamp(-largest, largest).to(dtype)
 
-
 def scaled_mm(a: Tensor, b: Tensor, a_s: float, b_s: float, dtype: torch.dtype, fast: bool = False) -> Tensor:
     """`a @ b.T / (a_s * b_s)` of two row-major FP8 matrices, the one layout that the hardware multiplies."""
     inverse_a, inverse_b = (a.new_full((), 1 / scale, dtype=torch.float32) for scale in (a_s, b_s))
     return torch._scaled_mm(a, b.T, scale_a=inverse_a, scale_b=inverse_b, out_dtype=dtype, use_fast_accum=fast)
 
-
 @torch.library.custom_op("nanogpt::mm", mutates_args=())
 @fused_on_gpu
 def mm_op(x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`x @ w.T` in FP8, for x (T, in) and w (out, in) of any float dtype and sizes that are multiples of 16.
-
-    Returns the product, bfloat16 (T, out), and both operands times their scales in e4m3, which the backward pass needs.
-    grad_s is the scale of the gradient there.
-    """
+    """`x @ w.T` in FP8, for x (T, in) and w (out, in) of any float dtype and sizes that are multiples of 16. Returns the
+    product, bfloat16 (T, out), and what the backward pass needs: both operands times their scales, in e4m3."""
     x_f8, w_f8 = to_fp8(x, x_s, torch.float8_e4m3fn), to_fp8(w, w_s, torch.float8_e4m3fn)
     return scaled_mm(x_f8, w_f8, x_s, w_s, torch.bfloat16, fast=True), x_f8, w_f8
-
 
 @torch.library.custom_op("nanogpt::mm_backward", mutates_args=())
 @fused_on_gpu
 def mm_backward_op(grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor]:
-    """Gradients of `mm` for grad (T, out): of x, bfloat16 (T, in), and of w, float32 (out, in)."""
+    """Gradients of `mm` for grad (T, out), which is multiplied in e5m2: of x, bfloat16 (T, in), and of w, float32 (out, in)."""
     grad_f8 = to_fp8(grad, grad_s, torch.float8_e5m2)
     grad_x = scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16)
     grad_w = scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32)
     return grad_x, grad_w
-
-
-@mm_op.register_fake
-def _(x, w, x_s, w_s, grad_s):
-    torch._check(x.ndim == w.ndim == 2 and x.size(1) == w.size(1), lambda: f"cannot multiply {tuple(x.shape)}, {tuple(w.shape)}")
-    rounded = (t.new_empty(t.shape, dtype=torch.float8_e4m3fn) for t in (x, w))
-    return x.new_empty(x.size(0), w.size(0), dtype=torch.bfloat16), *rounded
-
-
-@mm_backward_op.register_fake
-def _(grad, x_f8, w_f8, x_s, w_s, grad_s):
-    return x_f8.new_empty(x_f8.shape, dtype=torch.bfloat16), w_f8.new_empty(w_f8.shape, dtype=torch.float32)
-
 
 def mm_setup_context(ctx, inputs, output) -> None:
     x, w, *ctx.scales = inputs
@@ -191,17 +158,19 @@ def mm_setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
-
 def mm_autograd(ctx, grad: Tensor, *_):
     grads = torch.ops.nanogpt.mm_backward(grad, *ctx.saved_tensors, *ctx.scales)
     return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)), None, None, None
 
-
+# What the compiler has to know of both: the shapes and dtypes of their results.
+mm_op.register_fake(lambda x, w, *scales: (x.new_empty(len(x), len(w), dtype=torch.bfloat16), *(
+    t.new_empty(t.shape, dtype=torch.float8_e4m3fn) for t in (x, w))))
+mm_backward_op.register_fake(lambda grad, x_f8, w_f8, *scales: (
+    x_f8.new_empty(x_f8.shape, dtype=torch.bfloat16), w_f8.new_empty(w_f8.shape, dtype=torch.float32)))
 mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
 
 # -----------------------------------------------------------------------------
 # Muon: momentum, orthogonalised. "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
-
 
 def zeropower_via_newtonschulz5(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """About the nearest orthogonal matrix: U S V^T becomes U S' V^T, with every S' somewhere between 0.7 and 1.2.
@@ -225,7 +194,6 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int, dtype: torch.dtype = torc
         X = torch.baddbmm(X, B, X, beta=a)  # a X + b A X + c A A X
     return (X.mT if tall else X).reshape(G.shape)
 
-
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the hidden matrices of a network.
 
@@ -233,8 +201,7 @@ class Muon(torch.optim.Optimizer):
     every process takes an equal share (padded at the end, where it does not divide evenly), and keeps momentum for that
     share alone. While the results of one group are being gathered, the next group is being computed.
 
-    params: of two or more dimensions, the last two being the matrix. The attribute `lr_mul` of a parameter, where there
-        is one, multiplies its learning rate.
+    params: of two or more dimensions, the last two being the matrix; one's attribute `lr_mul` multiplies its `lr`.
     lr: length of a step; a tall matrix's is multiplied by sqrt(rows / cols), for the same change in what it puts out.
     momentum, nesterov, ns_steps: share of the old momentum, whether to look ahead by it, steps of Newton-Schulz.
     rank, world_size: this process, of how many. Beyond one they need the default process group, and have to call `step`
@@ -275,9 +242,10 @@ class Muon(torch.optim.Optimizer):
         updates = torch.zeros(share, *first.shape, dtype=self.dtype, device=first.device)
         if mine:
             for p in mine:
-                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in mine]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
             updates[:len(mine)] = zeropower_via_newtonschulz5(torch.stack(ahead), group["ns_steps"], self.dtype)
@@ -291,20 +259,15 @@ class Muon(torch.optim.Optimizer):
         for p, update in zip(group["params"], updates):
             p.add_(update, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * max(1, rows / cols) ** 0.5)
 
-
 # -----------------------------------------------------------------------------
 # Attention: FlexAttention's kernel on a GPU; on a CPU, where that has no backward pass, one for the same BlockMask
 
 BLOCK = 128  # tokens; masks, windows and sequences are made of such blocks
 
-
 def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A BlockMask in the form that batched matmuls want, worked out once and kept with it.
-
-    For n query blocks that see at most K key blocks each: those blocks' numbers (n, K), filled up with zeros; what is
-    added to the scores, float32 (n, 128, K * 128), zero or minus infinity; which queries see anything, (T, 1), or None
-    where all do.
-    """
+    """A BlockMask in the form that batched matmuls want, worked out once and kept with it: for n query blocks that see at
+    most K key blocks each, those blocks' numbers (n, K), filled up with zeros; what to add to the scores, float32
+    (n, 128, K * 128), zero or minus infinity; which queries see anything, (T, 1), or None where all do."""
     if not hasattr(block_mask, "plan"):
         partial, partial_index = block_mask.kv_num_blocks[0, 0, :, None], block_mask.kv_indices[0, 0].long()
         full, full_index = torch.zeros_like(partial), partial_index[:, :0]
@@ -323,12 +286,9 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | N
         block_mask.plan = blocks, bias, None if sees.all() else sees.view(-1, 1)
     return block_mask.plan
 
-
 class BlockSparseAttention(torch.autograd.Function):
-    """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks (n, K) and bias as in the plan.
-
-    Scores and their gradients are float32, as in FlexAttention; the other three products take the inputs' dtype.
-    """
+    """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks and bias as in the plan. Scores and their
+    gradients are float32, as in FlexAttention; the other three products take the inputs' dtype."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -355,7 +315,6 @@ class BlockSparseAttention(torch.autograd.Function):
 
         return (ds @ k).flatten(1, 2), to_keys(ds.mT @ q), to_keys(p.mT @ grad), None, None, None
 
-
 @torch.compiler.disable
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
     """What `flex_attention` returns for the same arguments, with a backward pass on every device.
@@ -367,7 +326,6 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMas
     out = BlockSparseAttention.apply(q[0], k[0], v[0], blocks, bias, scale)
     return (out if sees is None else out * sees)[None]
 
-
 def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
     """Attention under a block mask with the kernel that the tensors' device has; shapes as in block_sparse_attention."""
     if q.is_meta:
@@ -375,20 +333,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
     kernel = block_sparse_attention if q.is_cpu else flex_attention
     return kernel(q, k, v, block_mask=block_mask, scale=scale)
 
-
 # -----------------------------------------------------------------------------
 # Network: a GPT with rotary positions, value embeddings, U-net skips, and attention within documents and windows
-
 
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation over the last dimension, without weights; shape and dtype stay."""
     return F.rms_norm(x, (x.size(-1),))
 
-
 def next_multiple_of_n(v: float, *, n: int) -> int:
     """The smallest positive multiple of n that is at least v."""
     return max(1, math.ceil(v / n)) * n
-
 
 class CastedLinear(nn.Module):
     """`x @ weight.T`, no bias: the weight is float32, drawn uniformly, and cast to the activations' dtype at each use.
@@ -417,7 +371,6 @@ class CastedLinear(nn.Module):
             return out.view(*x.shape[:-1], -1).type_as(x)
         return F.linear(x, weight.type_as(x))
 
-
 class Rotary(nn.Module):
     """Rotary positions, "RoFormer" (Su et al., 2021), for half of the channels; the others turn by nothing, and so
     compare contents alone."""
@@ -438,7 +391,6 @@ class Rotary(nn.Module):
         cos, sin = self.cos[:x.size(1), None], self.sin[:x.size(1), None]
         x1, x2 = x.float().chunk(2, dim=-1)
         return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
-
 
 class CausalSelfAttention(nn.Module):
     """Attention of one sequence, with normalised queries and keys, and a token's value embedding mixed into its value."""
@@ -464,7 +416,6 @@ class CausalSelfAttention(nn.Module):
         y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, self.scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
-
 class MLP(nn.Module):
     """Four times as wide inside, with a squared ReLU: "Primer" (So et al., 2021)."""
 
@@ -477,7 +428,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to the same shape and dtype."""
         return self.c_proj(F.relu(self.c_fc(x)).square())
-
 
 class Block(nn.Module):
     """Attention, where the layer has it, and MLP, with the embedded input x0 mixed into the stream before them."""
@@ -494,7 +444,6 @@ class Block(nn.Module):
         if self.attn is not None:
             x = x + self.attn(norm(x), ve, block_mask)
         return x + self.mlp(norm(x))
-
 
 class ValueEmbedding(nn.Module):
     """Three embeddings of each token, for the values of the first three layers and again of the last three.
@@ -513,7 +462,6 @@ class ValueEmbedding(nn.Module):
         """Ids (T,) to an entry for each layer: (1, T, dim), or None for the layers between."""
         ve = [table(input_seq)[None] for table in self.embed]
         return ve + [None] * (self.num_layers - 6) + ve
-
 
 class GPT(nn.Module):
     """The network, for one sequence at a time, which holds any number of documents.
@@ -597,12 +545,10 @@ class GPT(nn.Module):
         does not count; sliding_window_num_blocks 0-d int32."""
         return F.cross_entropy(self.logits(input_seq, sliding_window_num_blocks), target_seq)
 
-
 # -----------------------------------------------------------------------------
 # Data: shards, each a header of 256 int32 (magic, version, number of tokens, vocabulary size, zeros) and uint16 tokens
 
 HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, GPT2_VOCAB = 256, 20240520, 1, 50257
-
 
 def open_shard(path: str) -> tuple[np.ndarray, int]:
     """Map a shard into memory: its tokens (N,) uint16 and its vocabulary size. Raises UserError where it is not one."""
@@ -617,7 +563,6 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
     if not 2 <= vocab_size <= 1 << 16:
         raise UserError(f"{path} is damaged: its header has a vocabulary of {vocab_size}, which 16-bit tokens cannot; make it again.")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,)), vocab_size
-
 
 class DistributedDataLoader:
     """The tokens of all shards, in the order of the files' names, cut into sequences that the processes take in turn.
@@ -685,15 +630,12 @@ class DistributedDataLoader:
         index, self.position = self.position + self.rank, self.position + self.world_size
         return self.sequence(index)
 
-
 # -----------------------------------------------------------------------------
 # Settings: one dataclass, whose fields are the flags
-
 
 def setting(default, meaning: str, **limits):
     """A field with its meaning for --help and its limits: least, multiple_of, choices."""
     return dataclasses.field(default=default, metadata=dict(meaning=meaning, **limits))
-
 
 @dataclass
 class Hyperparameters:
@@ -708,46 +650,40 @@ class Hyperparameters:
     repeat: bool = setting(False, "begin again when the training tokens are used up")
     num_layers: int = setting(12, "layers", least=6)
     num_heads: int = setting(6, "attention heads", least=1)
-    head_dim: int = setting(128, "channels of a head", least=4, multiple_of=4)
+    head_dim: int = setting(128, "channels of a head", least=16, multiple_of=16)
     model_dim: int = setting(768, "channels of the residual stream", least=16, multiple_of=16)
     attention_free_layers: tuple[int, ...] = setting((7,), "layers without attention, as in 3,7, or none")
     num_iterations: int = setting(1770, "steps", least=1)
     cooldown_frac: float = setting(0.4, "share of the steps, the last, over which learning rates fall to a tenth")
-    max_window: int = setting(1792, "tokens of the attention window at the end; it grows from 128", least=BLOCK, multiple_of=BLOCK)
+    max_window: int = setting(1792, "tokens of attention at the end; it grows from 128", least=BLOCK, multiple_of=BLOCK)
     embed_lr: float = setting(0.6, "learning rate of the embeddings (Adam)", least=0)
     head_lr: float = setting(0.008, "learning rate of the head (Adam)", least=0)
     scalar_lr: float = setting(0.04, "learning rate of the mixing weights (Adam)", least=0)
     muon_lr: float = setting(0.05, "learning rate of the hidden matrices (Muon)", least=0)
     seed: int = setting(0, "seed of the initial weights and of the sample")
-    dtype: str = setting("auto", "of the activations; auto is the faster on the machine", choices=("auto", "bfloat16", "float32"))
-    fp8: str = setting("head", "matmuls in FP8, where the GPU can; all adds the hidden ones", choices=("none", "head", "all"))
+    dtype: str = setting("auto", "of the activations; auto is the machine's faster", choices=("auto", "bfloat16", "float32"))
+    fp8: str = setting("head", "matmuls in FP8, where the GPU can; all adds the hidden", choices=("none", "head", "all"))
     coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step")
     val_loss_every: int = setting(125, "steps between validations; 0 for the last alone", least=0)
     sample: int = setting(0, "tokens to write after training, at most", least=0)
     log_dir: str = setting("logs", "folder of the log")
     run_id: str = setting("", "name of the log, log_dir/RUN_ID.txt; made from the time when empty")
 
-
 PRESETS = {
     "speedrun": {},  # 124M parameters as GPT-2 counts them, to 3.28
-    # 350M by the same count, the shape of GPT-2 Medium, to 2.92
-    "medium": dict(num_layers=24, num_heads=8, model_dim=1024, train_seq_len=64 * 1024, num_iterations=6000, cooldown_frac=0.6,
-                   embed_lr=0.3, head_lr=0.004, scalar_lr=0.02, muon_lr=0.025),
-    # 1.3M, for two minutes on two CPU cores and the shards of data/local_text.py
-    "tiny": dict(train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536,
-                 train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, repeat=True, num_layers=6, num_heads=2, head_dim=64,
-                 model_dim=128, attention_free_layers=(4,), num_iterations=500, max_window=512, val_loss_every=100, sample=400),
+    "medium": dict(  # 350M by the same count, the shape of GPT-2 Medium, to 2.92
+        num_layers=24, num_heads=8, model_dim=1024, train_seq_len=64 * 1024, num_iterations=6000, cooldown_frac=0.6,
+        embed_lr=0.3, head_lr=0.004, scalar_lr=0.02, muon_lr=0.025),
+    "tiny": dict(  # 1.3M, for two minutes on two CPU cores, and the shards of data/local_text.py
+        train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536, repeat=True,
+        train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=128,
+        attention_free_layers=(4,), num_iterations=500, max_window=512, val_loss_every=100, sample=400),
 }
 
-
 class OneLineParser(argparse.ArgumentParser):
-    """Raises a UserError with the nearest flag that exists, where argparse would print the usage and exit."""
-
     def error(self, message: str):
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        near = [match for word in message.split() if word not in flags for match in difflib.get_close_matches(word, flags, 1)]
-        raise UserError(f"{message}{f'; did you mean {near[0]}?' if near else ''} (--help lists all flags and presets)")
-
+        """Raise UserError, where argparse would print its usage and exit."""
+        raise UserError(f"{message}; --help lists all flags and presets.")
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:
     """The settings that a command line asks for, and its preset. Raises UserError at what it does not know."""
@@ -757,23 +693,18 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
     def layers(text: str) -> tuple[int, ...]:
         return () if text == "none" else tuple(map(int, text.split(",")))
 
-    def shown(value) -> str:
-        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value) or "''"
-
     parser = OneLineParser(prog="train_gpt.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="speedrun", choices=PRESETS, help="what the other settings start from; default speedrun")
+    parser.add_argument("--preset", default="speedrun", choices=PRESETS, help="where the settings start from (default speedrun)")
     for field in dataclasses.fields(Hyperparameters):
-        defaults = {name: preset[field.name] for name, preset in PRESETS.items() if field.name in preset}
+        presets = (f"; {name} {preset[field.name]}" for name, preset in PRESETS.items() if field.name in preset)
         parser.add_argument(
             f"--{field.name}", type={bool: boolean, tuple[int, ...]: layers}.get(field.type, field.type), default=argparse.SUPPRESS,
             metavar="X", choices=field.metadata.get("choices"), **(dict(nargs="?", const=True) if field.type is bool else {}),
-            help="; ".join([field.metadata["meaning"], f"default {shown(field.default)}",
-                            *(f"{name} {shown(value)}" for name, value in defaults.items())]))
+            help=f"{field.metadata['meaning']} (default {field.default!r}{''.join(presets)})")
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     return Hyperparameters(**PRESETS[preset] | given), preset
-
 
 def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     """Raise UserError at the first setting that cannot work, on this machine and with these processes."""
@@ -791,64 +722,41 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
         raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; start a number that "
                         f"divides {hp.seqs_per_step}, or set --seqs_per_step to a multiple of {machine.world_size}.")
 
-
 def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
     """1 until the cooldown, then linearly down to 0.1 at the end."""
     left = (1 - step / hp.num_iterations) / hp.cooldown_frac
     return 1.0 if left >= 1 else 0.1 + 0.9 * left
 
-
 def muon_momentum(step: int) -> float:
     """From 0.85 to 0.95 over 300 steps: while gradients turn fast, a short memory is the better one."""
     return 0.85 + 0.1 * min(step / 300, 1)
-
 
 def window_blocks(step: int, hp: Hyperparameters) -> int:
     """The attention window in blocks of 128 tokens, from 1 to max_window / 128, linear in the steps."""
     # Half a block below the maximum, so that the longest window is there for some steps and not only after the last.
     return next_multiple_of_n((hp.max_window - BLOCK // 2) * step / hp.num_iterations, n=BLOCK) // BLOCK
 
-
 # -----------------------------------------------------------------------------
 # Log: this script, versions, hardware and settings; then a line for each step and validation
 
-
-class Clock:
-    """Milliseconds of training; it stands still during validation."""
-
-    def __init__(self, machine: Machine):
-        self.machine, self.elapsed, self.since = machine, 0.0, None
-
-    def start(self) -> None:
-        self.machine.synchronize()
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.machine.synchronize()
-        self.elapsed, self.since = self.milliseconds(), None
-
-    def milliseconds(self) -> float:
-        return self.elapsed + (1000 * (time.perf_counter() - self.since) if self.since else 0)
-
-
 class RunLog:
-    """Writes log_dir/RUN_ID.txt and what a person sees, a bar on a terminal and plain lines elsewhere; on the first process
-    alone. Every line is in the file as soon as it is written. Raises UserError where the file cannot be made."""
+    """Keeps the clock of the training, and writes, on the first process alone, log_dir/RUN_ID.txt and what a person sees:
+    a bar on a terminal, plain lines elsewhere. Raises UserError where the file cannot be made."""
 
-    def __init__(self, hp: Hyperparameters, machine: Machine, clock: Clock, facts: dict):
-        self.active, self.machine, self.clock, self.num_iterations = machine.rank == 0, machine, clock, hp.num_iterations
+    def __init__(self, hp: Hyperparameters, machine: Machine, facts: dict):
+        self.active, self.machine, self.num_iterations = machine.rank == 0, machine, hp.num_iterations
         self.pending = None  # a step whose loss may still be on its way
+        self.trained_ms, self.since = 0.0, None  # before the clock was last started; when that was
         if not self.active:
             return
-        path = Path(hp.log_dir, f"{hp.run_id or time.strftime('%Y-%m-%d_%H%M%S_') + uuid.uuid4().hex[:6]}.txt")
+        path = Path(hp.log_dir, f"{hp.run_id or time.strftime('%Y-%m-%d_%H%M%S_') + os.urandom(3).hex()}.txt")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "x", buffering=1)
+            self.file = open(path, "x", buffering=1)  # each line is on its way to the disk as soon as it is written
         except OSError as error:
             raise UserError(f"the log {path} cannot be made ({error.strerror}); choose another --run_id or --log_dir.") from None
-        source, gpus = Path(__file__).read_text(), ""
-        if machine.is_gpu:
-            gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout
+        source = Path(__file__).read_text()
+        gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout if machine.is_gpu else ""
         about = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, hardware=machine.name,
                      world_size=machine.world_size, code_sha256=hashlib.sha256(source.encode()).hexdigest())
         settings = "\n".join(f"{name}: {value}" for name, value in (about | facts | dataclasses.asdict(hp)).items())
@@ -856,16 +764,31 @@ class RunLog:
         self.bar = tqdm(total=hp.num_iterations, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
         self.line(f"log: {path}")
 
+    def start_clock(self) -> None:
+        self.machine.synchronize()
+        self.since = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        self.flush()
+        self.machine.synchronize()
+        self.trained_ms, self.since = self.milliseconds(), None
+
+    def milliseconds(self) -> float:
+        """Time spent in training, without validations."""
+        return self.trained_ms + (1000 * (time.perf_counter() - self.since) if self.since else 0)
+
     def line(self, text: str, shown: bool = True) -> None:
-        """Add a line to the file, and show it unless the bar already says as much."""
+        """Add a line to the file, and show it."""
         if self.active:
             self.file.write(text + "\n")
             if shown:
                 self.bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def times(self, step: int) -> str:
-        return f"train_time:{self.clock.milliseconds():.0f}ms step_avg:{self.clock.milliseconds() / max(step, 1):.2f}ms"
+    def progress(self, step: int, result: str = "", more: str = "", shown: bool = True) -> None:
+        """A line in the form of the public logs."""
+        now = self.milliseconds()
+        self.line(f"step:{step}/{self.num_iterations} {result}train_time:{now:.0f}ms step_avg:{now / max(step, 1):.2f}ms{more}", shown)
 
     def step(self, step: int, loss: Tensor) -> None:
         """The line of a step. A GPU's is written while its next step runs, when the loss has arrived without a wait."""
@@ -879,22 +802,17 @@ class RunLog:
         if self.active and self.pending:
             (step, read), self.pending = self.pending, None
             loss = read()
-            self.line(f"step:{step}/{self.num_iterations} {self.times(step)} train_loss:{loss:.4f}", shown=self.bar.disable)
+            self.progress(step, more=f" train_loss:{loss:.4f}", shown=self.bar.disable)
             self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
             self.bar.update()
-
-    def validation(self, step: int, loss: float) -> None:
-        self.line(f"step:{step}/{self.num_iterations} val_loss:{loss:.4f} {self.times(step)}")
 
     def close(self) -> None:
         if self.active:
             self.bar.close()
             self.file.close()
 
-
 # -----------------------------------------------------------------------------
 # Run
-
 
 def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
     """The network on the machine's device. Weights are drawn on the CPU, so that a seed gives the same ones everywhere."""
@@ -904,7 +822,6 @@ def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
     return GPT(vocab_size, hp.num_layers, hp.num_heads, hp.head_dim, hp.model_dim, max(hp.train_seq_len, hp.val_seq_len),
                attention_free_layers=hp.attention_free_layers, fp8=fp8, dtype=dtype, train_seq_len=hp.train_seq_len).to(machine.device)
 
-
 def build_optimizers(model: GPT, hp: Hyperparameters, machine: Machine) -> list[torch.optim.Optimizer]:
     """Adam for the embeddings, the head and single numbers; Muon for the matrices between."""
     embeds = [*model.embed.parameters(), *model.value_embeds.parameters()]
@@ -912,27 +829,21 @@ def build_optimizers(model: GPT, hp: Hyperparameters, machine: Machine) -> list[
               dict(params=[p for p in model.parameters() if p.ndim < 2], lr=hp.scalar_lr)]
     # The gradients of a mean over many tokens are small, and an eps of the usual 1e-8 would not be small beside them.
     adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
-    # Activations in float32 ask for precision; then the updates get it too.
+    # Float32 activations ask for precision: then the updates get it too.
     muon = Muon([p for p in model.blocks.parameters() if p.ndim >= 2], lr=hp.muon_lr, momentum=muon_momentum(0),
                 rank=machine.rank, world_size=machine.world_size, dtype=model.embed.weight.dtype)
     for group in adam.param_groups + muon.param_groups:
         group["initial_lr"] = group["lr"]
     return [adam, muon]
 
-
-def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters) -> None:
-    """Give the optimizers a step's learning rates and momentum."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate_factor(step, hp)
-            if "momentum" in group:
-                group["momentum"] = muon_momentum(step)
-
-
-def window_tensor(step: int, hp: Hyperparameters, machine: Machine) -> Tensor:
-    """A step's window in blocks, 0-d int32 on the device: a tensor, so that a longer one is no new compilation."""
+def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters, machine: Machine) -> Tensor:
+    """Give the optimizers a step's learning rates and momentum. Returns its window in blocks, 0-d int32 on the device: a
+    tensor, so that a longer window is no new compilation."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["initial_lr"] * learning_rate_factor(step, hp)
+        if "momentum" in group:
+            group["momentum"] = muon_momentum(step)
     return torch.tensor(window_blocks(step, hp), dtype=torch.int32).to(machine.device, non_blocking=True)
-
 
 def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, machine: Machine) -> Tensor:
     """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share.
@@ -954,7 +865,6 @@ def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int
     model.zero_grad(set_to_none=True)
     return loss_sum / seqs_per_step
 
-
 @torch.no_grad()
 def validate(model, loader: DistributedDataLoader, window: Tensor, machine: Machine) -> float:
     """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
@@ -968,15 +878,14 @@ def validate(model, loader: DistributedDataLoader, window: Tensor, machine: Mach
     model.train()
     return total.item() / loader.num_tokens
 
-
 def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, machine: Machine) -> None:
     """Compile and run every kernel on made-up tokens, then put weights, optimizers and random state back as they were."""
     before = copy.deepcopy([module.state_dict() for module in (model, *optimizers)])
     with torch.random.fork_rng(devices=[machine.device] if machine.is_gpu else []):
-        window = window_tensor(hp.num_iterations, hp, machine)  # the longest: what fits into memory now always will
+        window = set_schedule(optimizers, hp.num_iterations, hp, machine)  # the longest: what fits into memory now always will
 
-        def made_up(length: int) -> tuple[Tensor, Tensor]:
-            return tuple(torch.randint(vocab_size, (length,), device=machine.device, dtype=t) for t in (torch.int32, torch.int64))
+        def made_up(length: int) -> list[Tensor]:
+            return [torch.randint(vocab_size, (length,), device=machine.device, dtype=t) for t in (torch.int32, torch.int64)]
 
         for _ in range(2):
             training_step(model, optimizers, [made_up(hp.train_seq_len)], window, 1, machine)
@@ -987,27 +896,20 @@ def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, machine: Ma
     for module, state in zip((model, *optimizers), before):
         module.load_state_dict(state)
 
-
 @torch.no_grad()
-def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> list[int]:
-    """Draw one document from the model, num_tokens at most."""
+def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
+    """Draw one document from the model, num_tokens at most, and decode it: bytes directly, GPT-2's tokens by tiktoken where
+    that is installed, otherwise as numbers."""
     model.eval()
     boundary, generator, tokens = model.vocab_size - 1, torch.Generator().manual_seed(seed), []
-    while len(tokens) < num_tokens:
+    while len(tokens) < num_tokens and boundary not in tokens[-1:]:
         seen = [boundary, *tokens][-int(window) * BLOCK:]
         padded = seen + [boundary] * (-len(seen) % BLOCK)  # what comes later does not change a token's logits
         logits = model.logits(torch.tensor(padded, dtype=torch.int32, device=window.device), window)[len(seen) - 1, :model.vocab_size]
-        token = int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator))
-        if token == boundary:
-            break
-        tokens.append(token)
+        tokens.append(int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)))
     model.train()
-    return tokens
-
-
-def decode(tokens: list[int], vocab_size: int) -> str:
-    """Tokens as text: bytes directly, GPT-2's through tiktoken where it is installed, otherwise as numbers."""
-    if vocab_size == 257:
+    tokens = [token for token in tokens if token != boundary]
+    if boundary == 256:
         return bytes(tokens).decode(errors="replace")
     try:
         import tiktoken
@@ -1015,23 +917,20 @@ def decode(tokens: list[int], vocab_size: int) -> str:
     except Exception as error:  # not there, or its vocabulary cannot be fetched: at this point no reason to fail
         return f"(as numbers, for want of tiktoken: {error}) {' '.join(map(str, tokens))}"
 
-
-def report(log: RunLog, clock: Clock, loader: DistributedDataLoader, model: GPT, hp: Hyperparameters, machine: Machine) -> None:
+def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperparameters, machine: Machine) -> None:
     """The closing lines: tokens per second and MFU, passes over the tokens, peak memory."""
-    rate = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len / clock.milliseconds() * 1000
-    speed = f"tokens per second: {rate:.0f}"
+    rate = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len / log.milliseconds() * 1000
+    mfu = ""
     if machine.is_gpu and machine.peak_flops:
         # 6 FLOP a token for each weight in a matmul, and attention at half the longest window, the mean over the run: an
         # upper bound, since documents may end sooner.
         weights = sum(p.numel() for module in (model.blocks, model.lm_head) for p in module.parameters())
         attention_dim = sum(block.attn is not None for block in model.blocks) * hp.num_heads * hp.head_dim
-        flops = 6 * weights + 12 * attention_dim * hp.max_window / 2
-        speed += f" mfu:{rate * flops / (machine.world_size * machine.peak_flops):.1%} of {machine.peak_flops / 1e12:.0f} TFLOP/s a GPU"
-    log.line(speed)
+        share = rate * (6 * weights + 6 * attention_dim * hp.max_window) / (machine.world_size * machine.peak_flops)
+        mfu = f" mfu: {share:.1%} of {machine.peak_flops / 1e12:.0f} TFLOP/s a GPU"
+    log.line(f"tokens per second: {rate:.0f}{mfu}")
     log.line(f"passes over the training tokens: {loader.position * loader.seq_len / loader.total:.2f}")
-    allocated, reserved = machine.peak_memory()
-    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-
+    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*machine.peak_memory()))
 
 def train(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     """The whole run: check the data, build, warm up, train and validate, report. Raises UserError before any training."""
@@ -1053,32 +952,28 @@ def train(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     optimizers = build_optimizers(network, hp, machine)
     torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
     model = torch.compile(network, dynamic=False, fullgraph=True) if machine.is_gpu else network
-    clock = Clock(machine)
-    log = RunLog(hp, machine, clock, dict(
+    log = RunLog(hp, machine, dict(
         preset=preset, activations=network.embed.weight.dtype, head="FP8" if network.lm_head.use_fp8 else "as the activations",
         attention="FlexAttention" if machine.is_gpu else "block-sparse, for want of FlexAttention's backward pass on a CPU",
         vocab_size=vocab_size, parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total))
     try:
         warm_up(model, optimizers, hp, vocab_size, machine)
-        clock.start()
+        log.start_clock()
         for step in range(hp.num_iterations + 1):
-            window = window_tensor(step, hp, machine)
+            window = set_schedule(optimizers, step, hp, machine)
             if step == hp.num_iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
-                clock.stop()
-                log.flush()
-                log.validation(step, validate(model, val_loader, window, machine))
+                log.stop_clock()
+                log.progress(step, f"val_loss:{validate(model, val_loader, window, machine):.4f} ")
                 if step == hp.num_iterations:
                     break
-                clock.start()
-            set_schedule(optimizers, step, hp)
+                log.start_clock()
             batches = (train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size))
             log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, machine))
-        report(log, clock, train_loader, network, hp, machine)
+        report(log, train_loader, network, hp, machine)
         if hp.sample and log.active:
-            log.line("sample: " + decode(sample(network, hp.sample, window, hp.seed), vocab_size))
+            log.line("sample: " + sample(network, hp.sample, window, hp.seed))
     finally:
         log.close()
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the flags in `argv` (default: the command line's). Returns the exit code: 2 for what the user can mend."""
@@ -1098,7 +993,6 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
