@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model: `bash run.sh [FLAGS OF train_gpt.py]`.
-# With CUDA GPUs: the speedrun on all of them. Without: the tiny preset, on the text of Python's own library.
+# With CUDA GPUs: the speedrun on all of them, once its data are here. Without: the tiny preset, on the text of Python's
+# own library.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -12,15 +13,34 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     cp requirements.txt .venv/installed.txt
 fi
 
+# The shards that the flags ask for: none that --train_files names, 32 of the medium preset (6000 steps of 8 x 64 x 1024
+# tokens), 7 of the speedrun (1770 of 8 x 48 x 1024), 100M tokens a shard.
+fetch_data() {
+    shards=7
+    case " $* " in
+        *" --train_files"*|*" --help "*|*" -h "*) return ;;
+        *" --preset tiny "*|*" --preset=tiny "*) make_text; return ;;
+        *" --preset medium "*|*" --preset=medium "*) shards=32 ;;
+    esac
+    tenths=$(((shards + 1) * 2))  # of a GB: 200 MB a shard
+    echo "run.sh: the run needs $shards training shards of FineWeb and the one for validation, $((tenths / 10)).$((tenths % 10)) GB in all"
+    .venv/bin/python data/cached_fineweb10B.py "$shards"
+}
+
+make_text() {
+    ls data/local_text/train_*.bin data/local_text/val_*.bin >/dev/null 2>&1 || .venv/bin/python data/local_text.py
+}
+
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 if [ "$gpus" -gt 0 ]; then
     # A step's 8 sequences have to divide evenly; another --seqs_per_step goes with another NPROC.
     nproc=${NPROC:-$gpus}
     while [ -z "${NPROC:-}" ] && [ $((8 % nproc)) -ne 0 ]; do nproc=$((nproc - 1)); done
+    fetch_data "$@"
     echo "run.sh: training on $nproc of $gpus GPU(s)"
     exec .venv/bin/torchrun --standalone --nproc_per_node="$nproc" train_gpt.py "$@"
 fi
 
 echo "run.sh: no CUDA GPU found; training the tiny preset on the CPU"
-ls data/local_text/train_*.bin data/local_text/val_*.bin >/dev/null 2>&1 || .venv/bin/python data/local_text.py
+make_text
 exec .venv/bin/python train_gpt.py --preset tiny "$@"

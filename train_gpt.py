@@ -23,7 +23,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ def fp8_supported(device: torch.device) -> bool:
     """Whether the device multiplies FP8 in hardware: CUDA, compute capability 8.9 (Ada) and up."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """What this process runs on, and as which of how many processes."""
 
@@ -266,8 +265,8 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | N
         blocks = torch.cat([partial_index, full_index], dim=1).gather(1, column).where(listed, 0)
         token = torch.arange(len(partial) * BLOCK, device=partial.device).view(-1, BLOCK)
         zero = token.new_zeros(())
-        allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None])  # (n, 128, K, 128)
-        allowed = ((allowed | ~masked[:, None, :, None]) & listed[:, None, :, None]).flatten(2)
+        allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None]) | ~masked[:, None, :, None]
+        allowed = (allowed & listed[:, None, :, None]).expand(-1, BLOCK, -1, BLOCK).flatten(2)
         sees = allowed.any(-1, keepdim=True)
         bias = torch.zeros(allowed.shape, device=token.device).masked_fill_(~allowed & sees, float("-inf"))
         block_mask.plan = blocks, bias, None if sees.all() else sees.view(-1, 1)
@@ -544,9 +543,9 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
         raise UserError(f"{path} is not a token shard: it begins with {header[:2].tolist()}, expected the magic number and version "
                         f"[{SHARD_MAGIC}, {SHARD_VERSION}]; make it again, or let --train_files and --val_files leave it out.")
     num_tokens, vocab_size = int(header[2]), int(header[3]) or GPT2_VOCAB  # the public shards leave the vocabulary at 0
-    if num_tokens < 1 or size != (expected := 4 * HEADER_INTS + 2 * num_tokens):
-        raise UserError(f"{path} is damaged: for the {num_tokens} tokens of its header it would have {expected} bytes, and it has "
-                        f"{size}; fetch or make it again.")
+    if num_tokens < 1 or size != 4 * HEADER_INTS + 2 * num_tokens:
+        raise UserError(f"{path} is damaged: its header promises {num_tokens} tokens, two bytes each, and {size - 4 * HEADER_INTS} "
+                        "bytes follow; fetch or make it again.")
     if not 2 <= vocab_size <= 1 << 16:
         raise UserError(f"{path} is damaged: its header has a vocabulary of {vocab_size}, which 16-bit tokens cannot; make it again.")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,)), vocab_size
@@ -575,8 +574,8 @@ class DistributedDataLoader:
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.total = int(self.starts[-1])
         self.num_tokens = num_tokens or self.total - 1
-        if not repeat and self.num_tokens >= self.total:  # the last target is one token further
-            raise UserError(f"{filename_pattern} has {self.total} tokens, {self.num_tokens + 1 - self.total} fewer than the run needs; "
+        if self.total < 2 or not repeat and self.num_tokens >= self.total:  # the last target is one token further
+            raise UserError(f"{filename_pattern} has {self.total} tokens, {max(2, self.num_tokens + 1) - self.total} fewer than the run needs; "
                             "add shards, lower --num_iterations (or --val_tokens), or train on them again with --repeat.")
         self.seq_len, self.rank, self.world_size, self.device = seq_len, rank, world_size, torch.device(device)
         self.num_sequences = math.ceil(self.num_tokens / seq_len)
@@ -619,10 +618,10 @@ class DistributedDataLoader:
 # ---------- Settings: one dataclass, whose fields are the flags
 
 def setting(default, meaning: str, **limits):
-    """A field with its meaning for --help and its limits: least, multiple_of, choices."""
+    """A field with its meaning for --help and its limits: least, most, multiple_of, choices."""
     return dataclasses.field(default=default, metadata=dict(meaning=meaning, **limits))
 
-@dataclass
+@dataclasses.dataclass
 class Hyperparameters:
     """All that a run depends on besides the machine. The defaults are the speedrun."""
 
@@ -639,13 +638,13 @@ class Hyperparameters:
     model_dim: int = setting(768, "channels of the residual stream", least=16, multiple_of=16)
     attention_free_layers: tuple[int, ...] = setting((7,), "layers without attention, as in 3,7, or none")
     num_iterations: int = setting(1770, "steps", least=1)
-    cooldown_frac: float = setting(0.4, "share of the steps, the last, over which learning rates fall to a tenth")
+    cooldown_frac: float = setting(0.4, "share of the steps, the last, over which learning rates fall to a tenth", least=1e-6, most=1)
     max_window: int = setting(1792, "tokens of attention at the end; it grows from 128", least=BLOCK, multiple_of=BLOCK)
     embed_lr: float = setting(0.6, "learning rate of the embeddings (Adam)", least=0)
     head_lr: float = setting(0.008, "learning rate of the head (Adam)", least=0)
     scalar_lr: float = setting(0.04, "learning rate of the mixing weights (Adam)", least=0)
     muon_lr: float = setting(0.05, "learning rate of the hidden matrices (Muon)", least=0)
-    seed: int = setting(0, "seed of the initial weights and of the sample")
+    seed: int = setting(0, "seed of the initial weights and of the sample", least=0, most=2**63 - 1)
     dtype: str = setting("auto", "of the activations; auto is the machine's faster", choices=("auto", "bfloat16", "float32"))
     fp8: str = setting("head", "matmuls in FP8, where the GPU can; all adds the hidden", choices=("none", "head", "all"))
     coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step")
@@ -662,7 +661,8 @@ PRESETS = {
     "tiny": dict(  # 1.3M, for two minutes on two CPU cores, and the shards of data/local_text.py
         train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536, repeat=True,
         train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=128,
-        attention_free_layers=(4,), num_iterations=500, max_window=512, val_loss_every=100, sample=400),
+        attention_free_layers=(4,), num_iterations=600, max_window=512, embed_lr=0.3, head_lr=0.004, scalar_lr=0.02,
+        val_loss_every=100, sample=400),
 }
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:
@@ -696,12 +696,12 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
         raise UserError(f"the {preset} preset needs a CUDA GPU, and torch {torch.__version__} finds none here; use --preset tiny, or "
                         "see whether nvidia-smi lists the card and torch is a CUDA build.")
     for field in dataclasses.fields(hp):
-        value, least, multiple = getattr(hp, field.name), field.metadata.get("least"), field.metadata.get("multiple_of")
-        if least is not None and value < least or multiple and value % multiple:
-            wanted = f"a multiple of {multiple}, such as {next_multiple_of_n(value, n=multiple)}" if multiple else f"at least {least}"
-            raise UserError(f"--{field.name} is {value}, and has to be {wanted}.")
-    if not 0 < hp.cooldown_frac <= 1:
-        raise UserError(f"--cooldown_frac is {hp.cooldown_frac}, and has to be above 0 and at most 1.")
+        value, limits = getattr(hp, field.name), field.metadata
+        if (multiple := limits.get("multiple_of")) and (value % multiple or value < limits["least"]):
+            raise UserError(f"--{field.name} is {value}, and has to be a multiple of {multiple}, as {next_multiple_of_n(value, n=multiple)}.")
+        if "least" in limits and not limits["least"] <= value <= limits.get("most", math.inf):
+            most = f" and at most {limits['most']}" if "most" in limits else ""
+            raise UserError(f"--{field.name} is {value}, and has to be at least {limits['least']}{most}.")
     if hp.seqs_per_step % machine.world_size:
         raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; start a number that "
                         f"divides {hp.seqs_per_step}, or set --seqs_per_step to a multiple of {machine.world_size}.")
@@ -943,7 +943,7 @@ def train(hp: Hyperparameters, preset: str, machine: Machine) -> None:
         train_loader.check_tokens()
         val_loader.check_tokens()
     if machine.world_size > 1:
-        dist.init_process_group("nccl" if machine.is_gpu else "gloo")
+        dist.init_process_group("nccl" if machine.is_gpu else "gloo", device_id=machine.device if machine.is_gpu else None)
 
     network = build_model(hp, vocab_size, machine)
     optimizers = build_optimizers(network, hp, machine)
@@ -982,7 +982,7 @@ def main(argv: list[str] | None = None) -> int:
         machine = Machine.detect()
         check_settings(hp, preset, machine)
         train(hp, preset, machine)
-    except UserError as error:
+    except (UserError, OSError) as error:  # of the system's errors, the message names the file
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the machine's other processes found the same
             print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2

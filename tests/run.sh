@@ -2,9 +2,10 @@
 # Install what the tests want into .venv-tests, and run them: `bash tests/run.sh [ARGUMENTS OF pytest]`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if ! cat requirements.txt tests/requirements.txt | cmp -s - .venv-tests/installed.txt; then
+wanted=$(cat requirements.txt records/requirements.txt tests/requirements.txt)
+if [ "$wanted" != "$(cat .venv-tests/installed.txt 2>/dev/null)" ]; then
     "${PYTHON:-python3}" -m venv .venv-tests
     .venv-tests/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
-    cat requirements.txt tests/requirements.txt > .venv-tests/installed.txt
+    echo "$wanted" > .venv-tests/installed.txt
 fi
 exec .venv-tests/bin/python -m pytest "$@"

@@ -1,0 +1,246 @@
+"""Where the time of a step goes: `python tests/bench.py --gpu` (the speedrun's shapes) or `--cpu` (the tiny preset's).
+
+Measures the machine first (matmul rates, copy bandwidth), then one process's micro-step (forward, backward, optimizer),
+then each part alone, beside its floor: the larger of its operations over the measured matmul rate and its bytes over the
+measured bandwidth. Each figure is the median of several repetitions, with the fastest and the slowest.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+import train_gpt as t
+
+
+@dataclass
+class Timing:
+    """Milliseconds of several repetitions."""
+
+    runs: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs)
+
+    def __str__(self) -> str:
+        return f"{self.median:9.3f}  {min(self.runs):9.3f} to {max(self.runs):9.3f}"
+
+
+class Bench:
+    """Times functions on a machine, and knows what the machine can do at best."""
+
+    def __init__(self, machine: t.Machine, dtype: torch.dtype, seconds: float):
+        self.machine, self.dtype, self.seconds = machine, dtype, seconds
+        n, copied = (8192, 1 << 30) if machine.is_gpu else (1024, 1 << 26)
+        a, b = (torch.randn(n, n, device=machine.device, dtype=dtype) for _ in range(2))
+        self.flops = {dtype: 2 * n**3 / self.time(lambda: a @ b).median * 1000}
+        if t.fp8_supported(machine.device):
+            a8, b8 = (m.to(torch.float8_e4m3fn) for m in (a, b))
+            self.flops[torch.float8_e4m3fn] = 2 * n**3 / self.time(lambda: t.scaled_mm(a8, b8, 1, 1, torch.bfloat16, True)).median * 1000
+        source = torch.empty(copied, dtype=torch.uint8, device=machine.device)
+        target = torch.empty_like(source)
+        self.bandwidth = 2 * copied / self.time(lambda: target.copy_(source)).median * 1000  # read once, written once
+
+    def time(self, function, before=lambda: None) -> Timing:
+        """Repeat `before` and, timed, `function`: at least three times, at most twenty, for about self.seconds."""
+        for _ in range(2):
+            before()
+            function()
+        runs: list[float] = []
+        begin = time.perf_counter()
+        while len(runs) < 3 or len(runs) < 20 and time.perf_counter() - begin < self.seconds:
+            before()
+            self.machine.synchronize()
+            start = time.perf_counter()
+            function()
+            self.machine.synchronize()
+            runs.append(1000 * (time.perf_counter() - start))
+        return Timing(runs)
+
+    def floor(self, flops: float, moved: float, dtype: torch.dtype | None = None) -> float:
+        """Milliseconds that so many operations, or so many bytes, take at the least."""
+        return 1000 * max(flops / self.flops[dtype or self.dtype], moved / self.bandwidth)
+
+    def row(self, name: str, timing: Timing, floor: float) -> None:
+        print(f"{name:<44}{timing}  {floor:9.3f}  {timing.median / floor if floor else math.nan:7.1f}", flush=True)
+
+
+def draw_batch(length: int, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Made-up ids and targets, with a document's beginning every 700 tokens or so, as in FineWeb."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size - 1, (length + 1,), generator=generator)
+    ids[torch.rand(length + 1, generator=generator) < 1 / 700] = vocab_size - 1
+    return ids[:-1].int().to(device), ids[1:].to(device)
+
+
+def listed_blocks(mask) -> int:
+    """How many pairs of blocks a mask lets attention touch."""
+    return int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+
+
+def compiled(function, machine: t.Machine):
+    return torch.compile(function, dynamic=False, fullgraph=True) if machine.is_gpu else function
+
+
+def both_ways(function, *inputs):
+    """A function of nothing that runs `function` forward and backward."""
+    grad = torch.randn_like(function(*inputs))
+
+    def run():
+        for p in inputs:
+            p.grad = None
+        function(*inputs).backward(grad)
+    return run
+
+
+def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str]:
+    """The micro-step and the update. Returns the lines of the closing summary."""
+    machine = bench.machine
+    network = t.build_model(hp, vocab_size, machine)
+    optimizers = t.build_optimizers(network, hp, machine)
+    model = compiled(network, machine)
+    start = time.perf_counter()
+    t.warm_up(model, optimizers, hp, vocab_size, machine)
+    machine.synchronize()
+    compile_seconds = time.perf_counter() - start
+
+    ids, targets = draw_batch(hp.train_seq_len, vocab_size, machine.device)
+    window = t.set_schedule(optimizers, hp.num_iterations // 2, hp, machine)
+    forward = bench.time(lambda: model(ids, targets, window))
+    losses: list[torch.Tensor] = []
+
+    def run_forward():
+        losses[:] = [model(ids, targets, window)]
+    backward = bench.time(lambda: losses[0].backward(), before=run_forward)
+    update = bench.time(lambda: [optimizer.step() for optimizer in optimizers])
+
+    long, short = network.create_block_masks(ids, window)
+    pairs = sum(listed_blocks(long if min(i, hp.num_layers - 1 - i) % 4 == 0 else short)
+                for i, block in enumerate(network.blocks) if block.attn)
+    attention = 4 * pairs * t.BLOCK**2 * hp.num_heads * hp.head_dim  # two matmuls forward; five more than two backward
+    hidden = 2 * hp.train_seq_len * sum(p.numel() for p in network.blocks.parameters() if p.ndim > 1)
+    head = 2 * hp.train_seq_len * network.lm_head.weight.numel()
+    in_fp8 = {use: torch.float8_e4m3fn if use else bench.dtype for use in (False, True)}
+    head_dtype, hidden_dtype = in_fp8[network.lm_head.use_fp8], in_fp8[network.blocks[0].mlp.c_fc.use_fp8]
+    forward_floor = bench.floor(attention, 0) + bench.floor(hidden, 0, hidden_dtype) + bench.floor(head, 0, head_dtype)
+    backward_floor = bench.floor(2.5 * attention, 0) + bench.floor(2 * hidden, 0, hidden_dtype) + bench.floor(2 * head, 0, head_dtype)
+    matrices = [p for p in network.blocks.parameters() if p.ndim > 1]
+    newton_schulz = sum(orthogonalisation_flops(*p.shape[-2:]) * p[..., 0, 0].numel() for p in matrices)
+    tables = [*network.embed.parameters(), *network.value_embeds.parameters(), network.lm_head.weight]
+    moved = sum(7 * p.nbytes for p in tables) + sum(5 * p.nbytes for p in matrices)
+    bench.row("micro-step, forward", forward, forward_floor)
+    bench.row("micro-step, backward", backward, backward_floor)
+    bench.row("optimizers, once a step", update, bench.floor(newton_schulz, moved))
+
+    micro_step = forward.median + backward.median
+    step = micro_step * hp.seqs_per_step + update.median
+    flops = 3 * (hidden + head) + 3.5 * attention
+    allocated, reserved = machine.peak_memory()
+    return [
+        f"a step of {hp.seqs_per_step} micro-steps: {step:.1f} ms; of a micro-step: {micro_step:.1f} ms, {hp.train_seq_len} tokens",
+        f"tokens/s: {hp.seqs_per_step * hp.train_seq_len / step * 1000:.0f}",
+        f"MFU: {flops * hp.seqs_per_step / step * 1000 / bench.flops[bench.dtype]:.1%} of the measured matmul rate",
+        f"peak memory: {allocated} MiB allocated, {reserved} MiB reserved"
+        + (f"; the model of memory says {t.memory_needed(network, hp, hp.train_seq_len) / 2**20:.0f} MiB" if machine.is_gpu else ""),
+        f"warm-up, with compilation: {compile_seconds:.1f} s"]
+
+
+def orthogonalisation_flops(rows: int, cols: int) -> float:
+    """Five steps of Newton-Schulz on one matrix."""
+    short, long = sorted((rows, cols))
+    return 5 * (4 * short**2 * long + 2 * short**3)
+
+
+def parts(bench: Bench, hp: t.Hyperparameters, vocab_size: int, shard_folder: str) -> None:
+    """Each part of a step alone, both forward and backward where it has both."""
+    machine, T, dim, dtype = bench.machine, hp.train_seq_len, hp.model_dim, bench.dtype
+    size, H, D = torch.empty((), dtype=dtype).itemsize, hp.num_heads, hp.head_dim
+
+    def draw(*shape):
+        return torch.randn(*shape, device=machine.device, dtype=dtype).requires_grad_()
+
+    x, padded = draw(T, dim), t.next_multiple_of_n(vocab_size, n=128)
+    for name, fp8 in (("FP8", True), (str(dtype).removeprefix("torch."), False)):
+        if fp8 and not t.fp8_supported(machine.device):
+            continue
+        head = t.CastedLinear(dim, padded, use_fp8=fp8, x_s=2.0, w_s=512.0, grad_s=524288.0).to(machine.device)
+        bench.row(f"head in {name}", bench.time(both_ways(compiled(head, machine), x)), bench.floor(
+            6 * T * dim * padded, 2 * size * T * padded, torch.float8_e4m3fn if fp8 else None))
+
+    shell = t.GPT(vocab_size, 6, 1, 16, 16, t.BLOCK)
+    ids, _ = draw_batch(T, vocab_size, machine.device)
+    q, k, v = (draw(1, H, T, D) for _ in range(3))
+    attend = compiled(lambda q, k, v, mask: t.attention(q, k, v, mask, 0.12), machine)
+    for window in sorted({128, hp.max_window // 2 // 128 * 128, hp.max_window}):
+        mask, _ = shell.create_block_masks(ids, torch.tensor(window // 128, dtype=torch.int32, device=machine.device))
+        bench.row(f"attention, window {window}", bench.time(both_ways(lambda q, k, v: attend(q, k, v, mask), q, k, v)), bench.floor(
+            14 * listed_blocks(mask) * t.BLOCK**2 * H * D, 12 * q.nbytes))
+
+    mlp = t.MLP(dim).to(machine.device)
+    torch.nn.init.normal_(mlp.c_proj.weight, std=0.02)
+    bench.row("MLP", bench.time(both_ways(compiled(mlp, machine), x)), bench.floor(6 * T * 8 * dim * dim, 24 * T * dim * size))
+
+    stack = torch.randn(hp.num_layers, 4 * dim, dim, device=machine.device)
+    floor = bench.floor(len(stack) * orthogonalisation_flops(4 * dim, dim), 2 * stack.nbytes)
+    bench.row(f"Newton-Schulz, {len(stack)} matrices at once", bench.time(lambda: t.zeropower_via_newtonschulz5(stack, 5)), floor)
+    bench.row("Newton-Schulz, one by one", bench.time(lambda: [t.zeropower_via_newtonschulz5(G, 5) for G in stack]), floor)
+
+    tables = [torch.randn(vocab_size, dim, device=machine.device).to(dtype).requires_grad_() for _ in range(4)]
+    for p in tables:
+        p.grad = torch.randn_like(p)
+    adam = torch.optim.Adam(tables, fused=True)
+    bench.row("Adam, four embeddings", bench.time(adam.step), bench.floor(0, 7 * sum(p.nbytes for p in tables)))
+
+    path = os.path.join(shard_folder, "bench.bin")
+    header = np.zeros(t.HEADER_INTS, dtype="<i4")
+    header[:4] = t.SHARD_MAGIC, t.SHARD_VERSION, 4 * T, vocab_size
+    Path(path).write_bytes(header.tobytes() + np.arange(4 * T, dtype="<u2").tobytes())
+    loader = t.DistributedDataLoader(path, T, device=machine.device, repeat=True)
+    bench.row("loader, one sequence", bench.time(loader.next_batch), bench.floor(0, T * (2 + 4 + 8)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gpu", action="store_true", help="the speedrun preset's shapes, on a CUDA GPU")
+    where.add_argument("--cpu", action="store_true", help="the tiny preset's shapes")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1)")
+    args, settings = parser.parse_known_args()  # the rest are train_gpt.py's flags, to change the shapes
+    try:
+        if args.cpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        machine = t.Machine.detect()
+        if args.gpu and not machine.is_gpu:
+            raise t.UserError("--gpu needs a CUDA GPU, and torch finds none here; --cpu measures the tiny preset.")
+        hp, preset = t.parse_arguments(["--preset", "speedrun" if args.gpu else "tiny", *settings])
+        t.check_settings(hp, preset, machine)
+    except t.UserError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    vocab_size = t.GPT2_VOCAB if args.gpu else 257
+    bench = Bench(machine, machine.dtype if hp.dtype == "auto" else getattr(torch, hp.dtype), args.seconds)
+    print(f"{machine.name}, torch {torch.__version__}")
+    rates = ", ".join(f"{flops / 1e12:.2f} TFLOP/s in {str(dtype).removeprefix('torch.')}" for dtype, flops in bench.flops.items())
+    print(f"measured: {rates}; copies at {bench.bandwidth / 1e9:.0f} GB/s, read and written\n")
+    print(f"{'milliseconds':<44}{'median':>9}  {'fastest to slowest':>22}  {'floor':>9}  {'x floor':>7}")
+    summary = whole_step(bench, hp, vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        parts(bench, hp, vocab_size, folder)
+    print("\n" + "\n".join(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
