@@ -11,6 +11,7 @@ Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, se
 """
 
 import argparse
+import bisect
 import copy
 import dataclasses
 import functools
@@ -76,8 +77,7 @@ class Machine:
                             f"--nproc_per_node={count}.")
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # either name is read when the first memory is taken
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost to fragmentation
-        device = torch.device("cuda", place[1])
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device := torch.device("cuda", place[1]))
         torch.empty(1, device=device)  # makes the CUDA context on this card, and on no other
         name = torch.cuda.get_device_name(device)
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -197,7 +197,6 @@ class Muon(torch.optim.Optimizer):
     rank, world_size: this process, of how many; more than one need the default process group, and the same gradients.
     dtype: of the orthogonalisation; bfloat16 is precise enough to train with.
     """
-
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
                  rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.bfloat16):
         groups: dict[tuple, list[Tensor]] = {}
@@ -331,7 +330,6 @@ class CastedLinear(nn.Module):
     """`x @ weight.T`, no bias. The weight, (out_features, in_features), is float32, drawn uniformly, and cast to the
     activations' dtype at each use. use_fp8: multiply in FP8 in training, where the hardware can, with the scales x_s, w_s,
     grad_s of activations, weight and gradient; in evaluation always plainly."""
-
     def __init__(self, in_features: int, out_features: int, use_fp8: bool = False,
                  x_s: float = 1.0, w_s: float = 1.0, grad_s: float = 1.0):
         super().__init__()
@@ -355,7 +353,6 @@ class CastedLinear(nn.Module):
 class Rotary(nn.Module):
     """Rotary positions, "RoFormer" (Su et al., 2021), for half of the channels; the others turn by nothing, and so
     compare contents alone."""
-
     def __init__(self, head_dim: int, max_seq_len: int):
         super().__init__()
         if head_dim % 4:
@@ -375,7 +372,6 @@ class Rotary(nn.Module):
 
 class CausalSelfAttention(nn.Module):
     """Attention of one sequence, with normalised queries and keys, and a token's value embedding mixed into its value."""
-
     def __init__(self, dim: int, num_heads: int, head_dim: int, max_seq_len: int, **fp8):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -399,7 +395,6 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Four times as wide inside, with a squared ReLU: "Primer" (So et al., 2021)."""
-
     def __init__(self, dim: int, **fp8):
         super().__init__()
         self.c_fc = CastedLinear(dim, 4 * dim, **fp8)
@@ -412,7 +407,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention, where the layer has it, and MLP, with the embedded input x0 mixed into the stream before them."""
-
     def __init__(self, dim: int, num_heads: int, head_dim: int, max_seq_len: int, has_attention: bool = True, **fp8):
         super().__init__()
         self.attn = CausalSelfAttention(dim, num_heads, head_dim, max_seq_len, **fp8) if has_attention else None
@@ -429,7 +423,6 @@ class Block(nn.Module):
 class ValueEmbedding(nn.Module):
     """Three embeddings of each token, for the values of the first three layers and again of the last three: in place of the
     first layer's values in "Value Residual Learning" (Zhou et al., 2024)."""
-
     def __init__(self, vocab_size: int, dim: int, num_layers: int, dtype: torch.dtype):
         super().__init__()
         if num_layers < 6:
@@ -454,7 +447,6 @@ class GPT(nn.Module):
     train_seq_len: tokens of a micro-step (None: max_seq_len). The loss is their mean, so its gradients shrink as they
         grow in number, and FP8 has to scale them up by as much.
     """
-
     def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, max_seq_len: int, *,
                  attention_free_layers: tuple[int, ...] = (7,), fp8: str = "head", dtype: torch.dtype = torch.bfloat16,
                  train_seq_len: int | None = None):
@@ -558,7 +550,6 @@ class DistributedDataLoader:
     are -100. repeat: begin again at the end of the tokens. device: where sequences go.
     Raises UserError where files are missing or broken, or have too few tokens.
     """
-
     def __init__(self, filename_pattern: str, seq_len: int, *, num_tokens: int | None = None, rank: int = 0,
                  world_size: int = 1, device: torch.device | str = "cpu", repeat: bool = False):
         self.files = sorted(glob.glob(filename_pattern))
@@ -571,8 +562,7 @@ class DistributedDataLoader:
             if vocab_size != self.vocab_size:
                 raise UserError(f"{path} has a vocabulary of {vocab_size} and {self.files[0]} one of {self.vocab_size}; train on "
                                 "shards of one tokenizer.")
-        self.starts = np.cumsum([0, *map(len, self.shards)])
-        self.total = int(self.starts[-1])
+        *self.starts, self.total = np.cumsum([0, *map(len, self.shards)]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         if self.total < 2 or not repeat and self.num_tokens >= self.total:  # the last target is one token further
             raise UserError(f"{filename_pattern} has {self.total} tokens, {max(2, self.num_tokens + 1) - self.total} fewer than the run needs; "
@@ -591,11 +581,11 @@ class DistributedDataLoader:
                                 "fetch or make it again.")
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens, int32, from position `start` of the shards' endless repetition."""
-        out, done = np.empty(count, dtype=np.int32), 0
+        """`count` tokens, uint16, from position `start` of the shards' endless repetition."""
+        out, done = np.empty(count, dtype=np.uint16), 0
         while done < count:
             at = (start + done) % self.total
-            shard = int(np.searchsorted(self.starts, at, side="right")) - 1
+            shard = bisect.bisect_right(self.starts, at) - 1
             piece = self.shards[shard][at - self.starts[shard]:][:count - done]
             out[done:done + len(piece)] = piece
             done += len(piece)
@@ -603,12 +593,13 @@ class DistributedDataLoader:
 
     def sequence(self, index: int) -> tuple[Tensor, Tensor]:
         """Sequence `index` on the device: inputs (seq_len,) int32 and targets (seq_len,) int64."""
-        tokens = torch.from_numpy(self.read(index * self.seq_len, self.seq_len + 1))
-        inputs, targets = tokens[:-1], tokens[1:].long()
-        targets[max(0, self.num_tokens - index * self.seq_len):] = -100
+        tokens = torch.from_numpy(self.read(index * self.seq_len, self.seq_len + 1).view(np.int16))
         if self.device.type == "cuda":  # a copy out of pinned memory runs beside the computation
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        ids = tokens.int() & 0xFFFF  # unsigned again; few of torch's kernels take uint16
+        targets = ids[1:].long()
+        targets[max(0, self.num_tokens - index * self.seq_len):] = -100
+        return ids[:-1], targets
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """This process's next sequence: number rank, then rank + world_size, and so on."""
@@ -702,6 +693,8 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
         if "least" in limits and not limits["least"] <= value <= limits.get("most", math.inf):
             most = f" and at most {limits['most']}" if "most" in limits else ""
             raise UserError(f"--{field.name} is {value}, and has to be at least {limits['least']}{most}.")
+    if not set(hp.attention_free_layers) <= set(range(hp.num_layers)):
+        raise UserError(f"--attention_free_layers is {hp.attention_free_layers}, and the layers are 0 to {hp.num_layers - 1}.")
     if hp.seqs_per_step % machine.world_size:
         raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; start a number that "
                         f"divides {hp.seqs_per_step}, or set --seqs_per_step to a multiple of {machine.world_size}.")
@@ -725,7 +718,6 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
 class RunLog:
     """Keeps the clock of the training, and writes, on the first process alone, log_dir/RUN_ID.txt and what a person sees:
     a bar on a terminal, plain lines elsewhere. Raises UserError where the file cannot be made."""
-
     def __init__(self, hp: Hyperparameters, machine: Machine, facts: dict):
         self.machine, self.num_iterations = machine, hp.num_iterations
         self.pending = None  # a step whose loss may still be on its way

@@ -1,4 +1,5 @@
-"""Where the time of a step goes: `python tests/bench.py --gpu` (the speedrun's shapes) or `--cpu` (the tiny preset's).
+"""Where the time of a step goes: `python tests/bench.py --gpu` (the speedrun's shapes) or `--cpu` (the tiny preset's);
+`--data`: how fast shards are read, and made.
 
 Measures the machine first (matmul rates, copy bandwidth), then one process's micro-step (forward, backward, optimizer),
 then each part alone, beside its floor: the larger of its operations over the measured matmul rate and its bytes over the
@@ -6,9 +7,12 @@ measured bandwidth. Each figure is the median of several repetitions, with the f
 """
 
 import argparse
+import itertools
 import math
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +26,7 @@ import numpy as np
 import torch
 
 import train_gpt as t
+from data.local_text import shard_header
 
 
 @dataclass
@@ -204,11 +209,37 @@ def parts(bench: Bench, hp: t.Hyperparameters, vocab_size: int, shard_folder: st
     bench.row("Adam, four embeddings", bench.time(adam.step), bench.floor(0, 7 * sum(p.nbytes for p in tables)))
 
     path = os.path.join(shard_folder, "bench.bin")
-    header = np.zeros(t.HEADER_INTS, dtype="<i4")
-    header[:4] = t.SHARD_MAGIC, t.SHARD_VERSION, 4 * T, vocab_size
-    Path(path).write_bytes(header.tobytes() + np.arange(4 * T, dtype="<u2").tobytes())
+    Path(path).write_bytes(shard_header(4 * T, vocab_size) + np.arange(4 * T, dtype="<u2").tobytes())
     loader = t.DistributedDataLoader(path, T, device=machine.device, repeat=True)
     bench.row("loader, one sequence", bench.time(loader.next_batch), bench.floor(0, T * (2 + 4 + 8)))
+
+
+def data(machine: t.Machine, seconds: float) -> None:
+    """The loader beside a plain copy of the same bytes out of a memory map, and data/local_text.py on 200 MB of text."""
+    with tempfile.TemporaryDirectory() as folder:
+        # First, while this process is small: a child's peak counts from what its parent held.
+        text = Path(folder, "text.txt")
+        with open(text, "wb") as file:
+            for path in itertools.cycle(sorted(Path(os.__file__).parent.glob("*.py"))):
+                if file.write(path.read_bytes()) and file.tell() >= 200e6:
+                    break
+        start = time.perf_counter()
+        subprocess.run([sys.executable, str(ROOT / "data/local_text.py"), str(text), "--out", folder], check=True, env=os.environ
+                       | {"OMP_NUM_THREADS": "1"})
+        elapsed, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        print(f"local_text.py: {text.stat().st_size / elapsed / 1e6:.0f} MB/s of input, start and end included; peak memory {peak:.0f} MiB")
+
+        length, count = 48 * 1024, 200
+        path = Path(folder, "bench.bin")
+        tokens = np.random.default_rng(0).integers(0, 50256, length * count + 1, dtype=np.uint16)
+        path.write_bytes(shard_header(len(tokens), t.GPT2_VOCAB) + tokens.tobytes())
+        loader, mapped = t.DistributedDataLoader(str(path), length), t.open_shard(str(path))[0]
+        bench = Bench(machine, machine.dtype, seconds)
+        copy = bench.time(lambda: [np.array(mapped[i * length:(i + 1) * length + 1]) for i in range(count)])
+        read = bench.time(lambda: [loader.read(i * length, length + 1) for i in range(count)])
+        sequence = bench.time(lambda: [loader.sequence(i) for i in range(count)])
+        for name, timing in (("plain copy", copy), ("loader, as bytes", read), ("loader, as int32 and int64 ids", sequence)):
+            print(f"{name:<32}{length * count / timing.median / 1e6:9.2f} billion tokens/s{copy.median / timing.median:9.2f} of the copy")
 
 
 def main() -> int:
@@ -216,10 +247,11 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpu", action="store_true", help="the speedrun preset's shapes, on a CUDA GPU")
     where.add_argument("--cpu", action="store_true", help="the tiny preset's shapes")
+    where.add_argument("--data", action="store_true", help="the loader and data/local_text.py")
     parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1)")
     args, settings = parser.parse_known_args()  # the rest are train_gpt.py's flags, to change the shapes
     try:
-        if args.cpu:
+        if not args.gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         machine = t.Machine.detect()
         if args.gpu and not machine.is_gpu:
@@ -229,6 +261,9 @@ def main() -> int:
     except t.UserError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
+    if args.data:
+        data(machine, args.seconds)
+        return 0
     vocab_size = t.GPT2_VOCAB if args.gpu else 257
     bench = Bench(machine, machine.dtype if hp.dtype == "auto" else getattr(torch, hp.dtype), args.seconds)
     print(f"{machine.name}, torch {torch.__version__}")
