@@ -652,8 +652,8 @@ PRESETS = {
     "tiny": dict(  # 1.3M, for two minutes on two CPU cores, and the shards of data/local_text.py
         train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536, repeat=True,
         train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=128,
-        attention_free_layers=(4,), num_iterations=600, max_window=512, embed_lr=0.3, head_lr=0.004, scalar_lr=0.02,
-        val_loss_every=100, sample=400),
+        attention_free_layers=(4,), num_iterations=600, cooldown_frac=0.7, max_window=512, embed_lr=0.3, head_lr=0.004,
+        scalar_lr=0.02, muon_lr=0.025, val_loss_every=100, sample=400),
 }
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:

@@ -1,6 +1,6 @@
 """Make token shards out of any text.
 
-    python data/local_text.py                          the .py files of the Python that runs this: text on every machine
+    python data/local_text.py                          the .py files, up to 12 KiB, of the Python that runs this
     python data/local_text.py book.txt notes/ '*.md'   files, folders (all the files below), globs; .gz is unpacked
     python data/local_text.py corpus.jsonl.gz          JSON lines: the field "text" of each line is a document
     zcat dump.gz | python data/local_text.py -         standard input, one document (with --jsonl: JSON lines)
@@ -43,6 +43,7 @@ from train_gpt import GPT2_VOCAB, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, UserE
 BYTES_VOCAB = 257
 SHARD_TOKENS = 10_000_000
 VAL_FRACTION = 0.05
+LIBRARY_FILE = 12 << 10  # bytes; the library's longest files are tables and tests, each of which would fill dozens of steps
 PIECE = 1 << 16  # bytes of text in memory at a time; decoding larger ones scatters the heap, which then grows
 LONGEST_LINE = 1 << 25  # bytes; a longer line of JSON is no document but a mistake, and has to be held whole to be read
 GAP = re.compile(rb"(?<=[!-~])\s")  # a space or line end after a character that is certainly none
@@ -226,7 +227,7 @@ def find_files(paths: list[str], out: Path) -> Iterator[str]:
                     paths or name not in ("site-packages", "dist-packages")))
                 for name in sorted(names):
                     file = os.path.join(folder, name)
-                    if os.path.isfile(file) and (paths or name.endswith(".py")):
+                    if os.path.isfile(file) and (paths or name.endswith(".py") and os.path.getsize(file) <= LIBRARY_FILE):
                         yield file
 
 

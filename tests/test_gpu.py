@@ -76,7 +76,7 @@ def test_attention_is_the_dense_one(window, dtype, tolerance):
 
     results = compiled(run)(q, k, v, ids, blocks(window))
     for result, width in zip(results, (window, max(1, window // 2))):
-        mask = twins.dense_mask(ids.cpu(), 256, width).to(DEVICE)
+        mask = twins.dense_mask(ids, 256, width)
         inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
         expected = twins.dense_attention(*(t[0] for t in inputs), mask, 0.12)
         grads = torch.autograd.grad(result, (q, k, v), grad, retain_graph=True)

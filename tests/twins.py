@@ -18,10 +18,11 @@ BLOCK = 128
 
 def dense_mask(ids, boundary, window):
     """Which token may attend which, (T, T) bool, query first: the definition, for all pairs at once."""
-    document = np.cumsum(np.asarray(ids) == boundary)
+    ids = torch.as_tensor(ids)
+    document = np.cumsum(ids.cpu().numpy() == boundary)
     q, k = np.arange(len(ids))[:, None], np.arange(len(ids))[None, :]
     i, j = q // BLOCK, k // BLOCK
-    return torch.from_numpy((i - window < j) & (j <= i) & (k <= q) & (document[q] == document[k]))
+    return torch.from_numpy((i - window < j) & (j <= i) & (k <= q) & (document[q] == document[k])).to(ids.device)
 
 
 def dense_attention(q, k, v, mask, scale):
@@ -36,7 +37,8 @@ def rotary(x):
     T, half = len(x), x.size(-1) // 2
     turning = half // 2
     frequency = [(1 / 1024) ** (c / (turning - 1)) for c in range(turning)] + [0.0] * turning
-    angle = torch.arange(T, dtype=torch.float64)[:, None, None] * torch.tensor(frequency, dtype=torch.float64)
+    exact = dict(dtype=torch.float64, device=x.device)
+    angle = torch.arange(T, **exact)[:, None, None] * torch.tensor(frequency, **exact)
     turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(torch.ones_like(angle), -angle)
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
