@@ -31,13 +31,20 @@ make_text() {
     ls data/local_text/train_*.bin data/local_text/val_*.bin >/dev/null 2>&1 || .venv/bin/python data/local_text.py
 }
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+gpus=0
+if command -v nvidia-smi >/dev/null; then
+    gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')  # those that CUDA_VISIBLE_DEVICES leaves
+    [ "$gpus" -gt 0 ] || echo "run.sh: nvidia-smi is here, but torch finds no GPU: hidden, or with a driver that is too old"
+fi
 if [ "$gpus" -gt 0 ]; then
-    # A step's 8 sequences have to divide evenly; another --seqs_per_step goes with another NPROC.
+    # A step's sequences, 8 or the tiny preset's 2, have to divide evenly; another --seqs_per_step goes with another NPROC.
+    sequences=8
+    case " $* " in *" --preset tiny "*|*" --preset=tiny "*) sequences=2 ;; esac
     nproc=${NPROC:-$gpus}
-    while [ -z "${NPROC:-}" ] && [ $((8 % nproc)) -ne 0 ]; do nproc=$((nproc - 1)); done
+    while [ -z "${NPROC:-}" ] && [ $((sequences % nproc)) -ne 0 ]; do nproc=$((nproc - 1)); done
     fetch_data "$@"
     echo "run.sh: training on $nproc of $gpus GPU(s)"
+    [ "$nproc" -gt 1 ] || exec .venv/bin/python train_gpt.py "$@"  # whose exit code torchrun would not pass on
     exec .venv/bin/torchrun --standalone --nproc_per_node="$nproc" train_gpt.py "$@"
 fi
 

@@ -90,6 +90,11 @@ class Machine:
         """GPUs compile the network, and work while the host goes on; a CPU runs it as it is written."""
         return self.device.type == "cuda"
 
+    @property
+    def peak_flops(self) -> float:
+        """The GPU's bfloat16 FLOP/s by its data sheet; 0 where the table does not know it."""
+        return next((flops for name, flops in BF16_PEAK_FLOPS.items() if re.search(rf"\b{name}\b", self.name)), 0.0)
+
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if self.is_gpu:
@@ -311,9 +316,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMas
 
 def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
     """Attention under a block mask with the kernel that the tensors' device has; shapes as in block_sparse_attention."""
-    if q.is_meta:
+    if q.device.type == "meta":
         return (q @ k.mT) @ v  # FlexAttention refuses the meta device, which asks for shapes and dtypes alone
-    kernel = block_sparse_attention if q.is_cpu else flex_attention
+    kernel = block_sparse_attention if q.device.type == "cpu" else flex_attention
     return kernel(q, k, v, block_mask=block_mask, scale=scale)
 
 # ---------- Network: a GPT with rotary positions, value embeddings, U-net skips, and attention within documents and windows
@@ -594,7 +599,7 @@ class DistributedDataLoader:
     def sequence(self, index: int) -> tuple[Tensor, Tensor]:
         """Sequence `index` on the device: inputs (seq_len,) int32 and targets (seq_len,) int64."""
         tokens = torch.from_numpy(self.read(index * self.seq_len, self.seq_len + 1).view(np.int16))
-        if self.device.type == "cuda":  # a copy out of pinned memory runs beside the computation
+        if self.device.type == "cuda":  # the host does not wait for a copy out of pinned memory
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         ids = tokens.int() & 0xFFFF  # unsigned again; few of torch's kernels take uint16
         targets = ids[1:].long()
@@ -912,7 +917,7 @@ def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperpara
     mfu = ""
     if machine.is_gpu and machine.peak_flops:
         # 6 FLOP a token for each weight in a matmul, and attention at half the longest window, the mean over the run: an
-        # upper bound, since documents may end sooner.
+        # upper bound, since most layers have the short one, and documents may end sooner.
         weights = sum(p.numel() for module in (model.blocks, model.lm_head) for p in module.parameters())
         attention_dim = sum(block.attn is not None for block in model.blocks) * hp.num_heads * hp.head_dim
         share = rate * (6 * weights + 6 * attention_dim * hp.max_window) / (machine.world_size * machine.peak_flops)
@@ -974,7 +979,7 @@ def main(argv: list[str] | None = None) -> int:
         machine = Machine.detect()
         check_settings(hp, preset, machine)
         train(hp, preset, machine)
-    except (UserError, OSError) as error:  # of the system's errors, the message names the file
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # the last two name the file, or the memory that lacks
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the machine's other processes found the same
             print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2

@@ -100,14 +100,10 @@ def compiled(function, machine: t.Machine):
 
 
 def both_ways(function, *inputs):
-    """A function of nothing that runs `function` forward and backward."""
+    """A function of nothing that runs `function`, a module or not, forward and backward."""
     grad = torch.randn_like(function(*inputs))
-
-    def run():
-        for p in inputs:
-            p.grad = None
-        function(*inputs).backward(grad)
-    return run
+    wanted = [*inputs, *(function.parameters() if isinstance(function, torch.nn.Module) else ())]
+    return lambda: torch.autograd.grad(function(*inputs), wanted, grad)
 
 
 def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str]:

@@ -39,6 +39,10 @@ if [ -z "${DATA:-}" ]; then
     ls "$DATA"/*train*.bin >/dev/null 2>&1 || stage shards "$python" data/local_text.py
 fi
 
+# As much as there is, where that is less.
+available=$("$python" -c 'import sys, train_gpt; print(train_gpt.DistributedDataLoader(sys.argv[1], 128).num_tokens)' "$DATA/*val*.bin") || exit 2
+[ "$val_tokens" -le "$available" ] || val_tokens=$available
+
 stage tests "$python" -m pytest -m gpu tests/test_gpu.py
 stage benchmark "$python" tests/bench.py "$where"
 rm -f "$out/gpu_run.txt"

@@ -559,7 +559,8 @@ def test_verify_of_nothing(run):
 def run_sh(tmp_path):
     def call(*arguments):
         root = tmp_path / "clone"
-        programs = {"bin/nvidia-smi": "echo 'GPU 0: one'; echo 'GPU 1: two'", ".venv/bin/python": 'echo "python $*" >> calls',
+        programs = {"bin/nvidia-smi": "echo 'GPU 0: one'; echo 'GPU 1: two'", 
+                    ".venv/bin/python": 'case "$*" in *device_count*) echo 2 ;; *) echo "python $*" >> calls ;; esac',
                     ".venv/bin/torchrun": 'echo "torchrun $*" >> calls'}
         for name, line in programs.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -57,11 +57,11 @@ def test_fp8_matmuls_err_as_their_formats_do(shape):
     assert 0.02 < error(out, x.double() @ w.double().T) < 0.05
     assert 0.04 < error(x.grad, grad.double() @ w.double()) < 0.08
     assert 0.04 < error(w.grad, grad.double().T @ x.double()) < 0.08
-    # Against products of the rounded operands only bfloat16's rounding of the result is left.
-    assert error(out, twins.fp8_mm(x.detach(), w.detach(), SCALES["x_s"], SCALES["w_s"])) < 0.004
+    # Against products of the rounded operands only the rounding of sums is left, bfloat16's and the hardware's own.
+    assert error(out, twins.fp8_mm(x.detach(), w.detach(), SCALES["x_s"], SCALES["w_s"])) < 0.006
 
 
-@pytest.mark.parametrize("window", [1, 3, 14])
+@pytest.mark.parametrize("window", [1, 14])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
 def test_attention_is_the_dense_one(window, dtype, tolerance):
     T, H, D = (2048, 6, 128) if CUDA else (512, 2, 32)
@@ -150,7 +150,7 @@ def test_newton_schulz(shape):
     exact = train_gpt.zeropower_via_newtonschulz5(G, 5, torch.float32)
     rounded = train_gpt.zeropower_via_newtonschulz5(G, 5)
     for i in range(shape[0]):
-        twin = twins.newton_schulz(G[i].double().cpu(), 5).to(DEVICE)
+        twin = twins.newton_schulz(G[i].double(), 5)
         assert error(exact[i], twin) < 1e-4
         assert error(rounded[i], twin) < 0.05
         alone = train_gpt.zeropower_via_newtonschulz5(G[i], 5)
@@ -159,21 +159,21 @@ def test_newton_schulz(shape):
 
 
 def test_training_in_fp8_follows_bfloat16(tmp_path, make_shard):
-    """Ten steps of the same run with every matmul in FP8, with the head's alone, and with none: the losses stay together."""
+    """Ten steps of the same run with every matmul in FP8 and with none: the losses stay together."""
     make_shard("train_0.bin", torch.randint(0, 24, (300_000,)).numpy() * 10 % 256)
     make_shard("val_0.bin", torch.randint(0, 24, (5_000,)).numpy() * 10 % 256)
     losses = {}
-    for fp8 in ("none", "head", "all"):
+    for fp8 in ("none", "all"):
         run = subprocess.run(
             [sys.executable, str(ROOT / "train_gpt.py"), "--preset", "tiny", "--train_files", str(tmp_path / "train_*.bin"),
-             "--val_files", str(tmp_path / "val_*.bin"), "--val_tokens", "4096", "--num_iterations", "10", "--sample", "0",
+             "--val_files", str(tmp_path / "val_*.bin"), "--val_tokens", "4096", "--num_iterations", "10", "--sample", "20",
              "--fp8", fp8, "--dtype", "bfloat16", "--log_dir", str(tmp_path), "--run_id", fp8], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         log = (tmp_path / f"{fp8}.txt").read_text()
+        assert "peak memory allocated" in log and "sample: " in log
         assert ("head: FP8" in log) == (CUDA and fp8 != "none" and train_gpt.fp8_supported(DEVICE))
         losses[fp8] = float(log.split("val_loss:")[-1].split()[0])
     assert losses["none"] < 4.5  # 24 tokens of equal chance, and the way there from log(384) = 5.95
-    assert abs(losses["head"] - losses["none"]) < 0.1
     assert abs(losses["all"] - losses["none"]) < 0.2
 
 
