@@ -47,3 +47,12 @@ def test_flags_that_are_named_exist(flag):
     """Each is a setting, or a flag of the other tools that are named."""
     others = {"preset", "standalone", "nproc_per_node", "gpu", "cpu", "vs", "target", "plot", "help", "tokenizer", "dataset", "verify", "data", "jsonl", "out"}
     assert flag in {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)} | others
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"@[A-Z]+@", README + (ROOT / "records" / "README.md").read_text())
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
+def test_links_lead_somewhere(path):
+    assert (ROOT / path).exists()
