@@ -1,29 +1,17 @@
 """Train a 124M-parameter GPT on FineWeb tokens to a validation loss of 3.28, as fast as can be.
 
 The recipe that took 8 H100 GPUs just under three minutes in January 2025, in one file that imports, tests and explains
-itself, and that runs unchanged on eight GPUs, on one, or on a CPU:
+itself, and that runs unchanged on any number of GPUs, on one, or on a CPU:
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py         the speedrun
-    python train_gpt.py --preset tiny                             a small model, in two minutes on two CPU cores
+    python train_gpt.py --preset tiny                             a small model, on two CPU cores
 
 What has been seen, on which hardware, with which log: the results table of README.md.
-Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, log, run.
+Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, processes, log, run.
 """
 
-import argparse
-import bisect
-import copy
-import dataclasses
-import functools
-import glob
-import hashlib
-import math
-import os
-import platform
-import re
-import subprocess
-import sys
-import time
+import argparse, bisect, contextlib, copy, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform, re, select
+import signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +26,14 @@ from tqdm import tqdm
 
 BF16_PEAK_FLOPS = {  # dense, by the vendors' data sheets; the first name that is part of the card's name counts
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10": 125e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}
+    "L40S": 362e12, "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one sentence: what was found, where, and what to do."""
+    """Something that the user can mend, in one sentence: what was found, where, and what to do."""
+
+def process_place() -> tuple[int, ...]:
+    """This process's number, its number on this machine, and how many there are, as torchrun tells them."""
+    return tuple(int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 @torch.compiler.assume_constant_result
 def fp8_supported(device: torch.device) -> bool:
@@ -59,22 +50,19 @@ class Machine:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-
     @classmethod
     def detect(cls) -> "Machine":
         """Take this process's own GPU, before anything else touches one, or the CPU where torch finds no GPU. Raises
         UserError where there are more processes than GPUs, or where the GPU has no bfloat16."""
-        place = [int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))]
+        place = process_place()
         if not torch.cuda.is_available():
-            info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-            model = re.search(r"model name\s*: (.*)", info)
+            model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "")
             name = f"CPU, {model[1] if model else platform.machine()}, {torch.get_num_threads()} threads a process"
             # A CPU without bfloat16 instructions imitates them, at a fraction of float32's speed.
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
         if place[1] >= (count := torch.cuda.device_count()):
-            raise UserError(f"{count} GPU(s) found here, and process {place[1]} would need one more; start torchrun with "
-                            f"--nproc_per_node={count}.")
+            raise UserError(f"{count} GPU(s) found here, and process {place[1]} would need one more; start --nproc_per_node={count}.")
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # either name is read when the first memory is taken
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less is lost to fragmentation
         torch.cuda.set_device(device := torch.device("cuda", place[1]))
@@ -84,22 +72,18 @@ class Machine:
             raise UserError(f"{name} has no bfloat16 (compute capability below 8.0); use an Ampere or newer GPU, or train "
                             "--preset tiny on the CPU, hiding the card with CUDA_VISIBLE_DEVICES=''.")
         return cls(device, name, torch.bfloat16, *place)
-
     @property
     def is_gpu(self) -> bool:
         """GPUs compile the network, and work while the host goes on; a CPU runs it as it is written."""
         return self.device.type == "cuda"
-
     @property
     def peak_flops(self) -> float:
         """The GPU's bfloat16 FLOP/s by its data sheet; 0 where the table does not know it."""
         return next((flops for name, flops in BF16_PEAK_FLOPS.items() if re.search(rf"\b{name}\b", self.name)), 0.0)
-
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
-
     def read_later(self, value: Tensor):
         """Start copying a 0-d tensor to the host. The function returned waits for that copy alone, and gives the float."""
         if not self.is_gpu:
@@ -108,7 +92,6 @@ class Machine:
         host.copy_(value, non_blocking=True)
         copied.record()
         return lambda: (copied.synchronize(), host.item())[1]
-
     def peak_memory(self) -> tuple[int, int]:
         """Peak memory in MiB, (allocated, reserved); on a CPU the most that was ever resident, twice."""
         if self.is_gpu:
@@ -116,8 +99,8 @@ class Machine:
         import resource  # Windows has none, and nothing else here minds
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10),) * 2
 
-# ---------- FP8 matmul: twice the rate of bfloat16, for operands whose range is known well enough for a fixed scale; e4m3, and for
-# gradients, which need range more than digits, e5m2: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022)
+# ---------- FP8 matmul: twice bfloat16's rate, where the range of the operands is known well enough for a fixed scale; e4m3, and
+# for gradients, which need range more than digits, e5m2: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022)
 
 def fused_on_gpu(function):
     """Compile a function of tensors at its first call on a GPU; elsewhere run it as it is."""
@@ -147,9 +130,8 @@ def mm_op(x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[
 def mm_backward_op(grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor]:
     """Gradients of `mm` for grad (T, out), which is multiplied in e5m2: of x, bfloat16 (T, in), and of w, float32 (out, in)."""
     grad_f8 = to_fp8(grad, grad_s, torch.float8_e5m2)
-    grad_x = scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16)
-    grad_w = scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32)
-    return grad_x, grad_w
+    return (scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16),
+            scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32))
 
 def mm_setup_context(ctx, inputs, output) -> None:
     ctx.scales = inputs[2:]
@@ -193,15 +175,12 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int, dtype: torch.dtype = torc
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the hidden matrices of a network.
 
-    Parameters of one shape are a group: their updates are stacked, and orthogonalised in one batched call. Of each stack
-    every process takes an equal share (padded at the end, where it does not divide evenly), and keeps momentum for that
-    share alone. While the results of one group are being gathered, the next group is being computed.
-
+    Parameters of one shape are a group, of which every process takes an equal share (the last ones perhaps less): it reads the
+    gradients of those p alone for which owner[p] is its rank, keeps their momentum, and orthogonalises their updates in one
+    batched call. While the results of one group are being gathered, the next group is being computed.
     params: of two or more dimensions, the last two being the matrix; one's attribute `lr_mul` multiplies its `lr`.
     lr: length of a step; a tall matrix's is multiplied by sqrt(rows / cols), for the same change in what it puts out.
-    rank, world_size: this process, of how many; more than one need the default process group, and the same gradients.
-    dtype: of the orthogonalisation; bfloat16 is precise enough to train with.
-    """
+    rank, world_size: this process, of how many. dtype: of the orthogonalisation; bfloat16 is precise enough to train with."""
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
                  rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.bfloat16):
         groups: dict[tuple, list[Tensor]] = {}
@@ -209,10 +188,10 @@ class Muon(torch.optim.Optimizer):
             if p.ndim < 2:
                 raise ValueError(f"Muon is for matrices; give the parameter of shape {tuple(p.shape)} to Adam")
             groups.setdefault((p.shape, p.dtype, p.device), []).append(p)
-        defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps)
-        super().__init__([dict(params=group) for group in groups.values()], defaults)
+        super().__init__([dict(params=group, share=math.ceil(len(group) / world_size)) for group in groups.values()],
+                         dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps))
         self.rank, self.world_size, self.dtype = rank, world_size, dtype
-
+        self.owner = {p: i // group["share"] for group in self.param_groups for i, p in enumerate(group["params"])}
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
@@ -221,32 +200,26 @@ class Muon(torch.optim.Optimizer):
             arrived, travelling = travelling, group and (group, *self.orthogonal_updates(group))
             if arrived:  # the group before, whose updates were on their way while this one was computed
                 self.apply(*arrived)
-
     def orthogonal_updates(self, group: dict) -> tuple:
         """Advance the momentum of this process's share of a group, and gather what all processes make of theirs: the
         updates (n, *shape), zero-padded at the end, and what to wait for before they are read."""
-        first, share = group["params"][0], math.ceil(len(group["params"]) / self.world_size)
-        mine = group["params"][self.rank * share:(self.rank + 1) * share]
-        updates = torch.zeros(share, *first.shape, dtype=self.dtype, device=first.device)
+        shape, mine = group["params"][0].shape, [p for p in group["params"] if self.owner[p] == self.rank]
+        updates = torch.zeros(group["share"], *shape, dtype=self.dtype, device=group["params"][0].device)
         if mine:
-            for p in mine:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in mine]
+            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in mine]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
             updates[:len(mine)] = zeropower_via_newtonschulz5(torch.stack(ahead), group["ns_steps"], self.dtype)
         if self.world_size == 1:
             return updates, None
-        gathered = updates.new_empty(share * self.world_size, *first.shape)
+        gathered = updates.new_empty(group["share"] * self.world_size, *shape)
         return gathered, all_gather(gathered, updates, async_op=True)
-
     def apply(self, group: dict, updates: Tensor, work) -> None:
         """Take a group's step, once its updates have arrived."""
         if work:
             work.wait()
-        rows, cols = group["params"][0].shape[-2:]
+        rows, cols = updates.shape[-2:]
         for p, update in zip(group["params"], updates):
             p.add_(update, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * max(1, rows / cols) ** 0.5)
 
@@ -279,7 +252,6 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | N
 class BlockSparseAttention(torch.autograd.Function):
     """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks and bias as in the plan. Scores and their
     gradients are float32, as in FlexAttention; the other three products take the inputs' dtype."""
-
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bias: Tensor, scale: float) -> Tensor:
         H, T, D = q.shape
@@ -290,7 +262,6 @@ class BlockSparseAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, p, out, blocks)
         ctx.scale = scale
         return out.view(H, T, D)
-
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, k, v, p, out, blocks = ctx.saved_tensors
@@ -341,12 +312,10 @@ class CastedLinear(nn.Module):
         self.use_fp8, self.x_s, self.w_s, self.grad_s = use_fp8, x_s, w_s, grad_s
         bound = 3**0.5 * 0.5 * in_features**-0.5  # standard deviation 0.5 / sqrt(fan_in), times sqrt(3) for a uniform one
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
-
     def zeroed(self) -> "CastedLinear":
         """The same layer with its weight at zero: what it projects into begins undisturbed."""
         nn.init.zeros_(self.weight)
         return self
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), of the same dtype. Leading dimensions of the weight count as rows."""
         weight = self.weight.flatten(0, -2)
@@ -366,7 +335,6 @@ class Rotary(nn.Module):
         angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # radians
         self.register_buffer("cos", angle.cos(), persistent=False)  # (max_seq_len, head_dim / 2)
         self.register_buffer("sin", angle.sin(), persistent=False)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
         if x.size(1) > self.cos.size(0):
@@ -387,7 +355,6 @@ class CausalSelfAttention(nn.Module):
         self.rotary = Rotary(head_dim, max_seq_len)
         self.c_proj = CastedLinear(num_heads * head_dim, dim, **fp8).zeroed()
         self.scale = 0.12  # for unit-RMS q and k of 128 channels a bit sharper than the usual 1/sqrt(128) = 0.088
-
     def forward(self, x: Tensor, ve: Tensor | None, block_mask: BlockMask) -> Tensor:
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
         q, k, v = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim).chunk(3, dim=2)
@@ -405,7 +372,6 @@ class MLP(nn.Module):
         self.c_fc = CastedLinear(dim, 4 * dim, **fp8)
         # Squares are larger than what is normalised: a quarter of the scale keeps them below 448, e4m3's largest number.
         self.c_proj = CastedLinear(4 * dim, dim, **fp8 | (dict(x_s=fp8["x_s"] / 4) if fp8 else {})).zeroed()
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to the same shape and dtype."""
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -417,7 +383,6 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(dim, num_heads, head_dim, max_seq_len, **fp8) if has_attention else None
         self.mlp = MLP(dim, **fp8)
         self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
-
     def forward(self, x: Tensor, ve: Tensor | None, x0: Tensor, block_mask: BlockMask) -> Tensor:
         """x and x0 (1, T, dim), ve as for attention; returns the shape and dtype of x."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0
@@ -434,7 +399,6 @@ class ValueEmbedding(nn.Module):
             raise ValueError(f"three value embeddings, each used twice, need six layers or more, got {num_layers}")
         self.num_layers = num_layers
         self.embed = nn.ModuleList(nn.Embedding(vocab_size, dim, dtype=dtype) for _ in range(3))
-
     def forward(self, input_seq: Tensor) -> list[Tensor | None]:
         """Ids (T,) to an entry for each layer: (1, T, dim), or None for the layers between."""
         ve = [table(input_seq)[None] for table in self.embed]
@@ -466,7 +430,6 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(self.num_skips))
         self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128), use_fp8=fp8 != "none",
                                     x_s=2.0, w_s=512.0, grad_s=grad_s).zeroed()
-
     def create_block_masks(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> tuple[BlockMask, BlockMask]:
         """The long and the short mask: causal, within documents, within a window of blocks.
 
@@ -498,7 +461,6 @@ class GPT(nn.Module):
                                             BLOCK_SIZE=BLOCK, mask_mod=causal_in_document)
 
         return within(sliding_window_num_blocks), within((sliding_window_num_blocks // 2).clamp(min=1))
-
     def hidden(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> Tensor:
         """What the head reads: ids (T,) to (T, model_dim), normalised."""
         long, short = self.create_block_masks(input_seq, sliding_window_num_blocks)
@@ -513,16 +475,16 @@ class GPT(nn.Module):
             if i < self.num_skips:
                 skips.append(x)
         return norm(x)[0]
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: (T, model_dim) to float32 (T, vocab_size padded to a multiple of 128)."""
         # Kept below 30, as in "Gemma 2" (2024): up to a constant, which the softmax ignores, this is 15 tanh(x / 15).
         return 30 * torch.sigmoid(self.lm_head(hidden).float() / 7.5)
-
     def forward(self, input_seq: Tensor, target_seq: Tensor, sliding_window_num_blocks: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, 0-d float32: input_seq (T,) int32; target_seq (T,) int64, where -100
         does not count; sliding_window_num_blocks 0-d int32."""
-        hidden = self.hidden(input_seq, sliding_window_num_blocks)
+        return self.loss(self.hidden(input_seq, sliding_window_num_blocks), target_seq)
+    def loss(self, hidden: Tensor, target_seq: Tensor) -> Tensor:
+        """Mean cross-entropy of what `hidden` returned."""
         if self.training:
             return F.cross_entropy(self.logits(hidden), target_seq)
         # Without a backward pass nobody needs all logits at once, and 64K tokens of them would not fit on a small card.
@@ -537,12 +499,12 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
     """Map a shard into memory: its tokens (N,) uint16 and its vocabulary size. Raises UserError where it is not one."""
     size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is not a token shard: it begins with {header[:2].tolist()}, expected the magic number and version "
+        raise UserError(f"{path} is not a token shard: it begins with {header[:2].tolist()}, not with magic number and version "
                         f"[{SHARD_MAGIC}, {SHARD_VERSION}]; make it again, or let --train_files and --val_files leave it out.")
     num_tokens, vocab_size = int(header[2]), int(header[3]) or GPT2_VOCAB  # the public shards leave the vocabulary at 0
     if num_tokens < 1 or size != 4 * HEADER_INTS + 2 * num_tokens:
-        raise UserError(f"{path} is damaged: its header promises {num_tokens} tokens, two bytes each, and {size - 4 * HEADER_INTS} "
-                        "bytes follow; fetch or make it again.")
+        raise UserError(f"{path} is damaged: its header promises {num_tokens} tokens of 2 bytes, and {size - 4 * HEADER_INTS} bytes follow; "
+                        "fetch or make it again.")
     if not 2 <= vocab_size <= 1 << 16:
         raise UserError(f"{path} is damaged: its header has a vocabulary of {vocab_size}, which 16-bit tokens cannot; make it again.")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,)), vocab_size
@@ -550,11 +512,9 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
 class DistributedDataLoader:
     """The tokens of all shards, in the order of the files' names, cut into sequences that the processes take in turn. Sequence
     g begins at token g * seq_len, whatever the number of processes, and may run across the ends of shards.
-
     filename_pattern: a glob. num_tokens: how many tokens the run predicts (None or 0: all that there are); targets beyond
     are -100. repeat: begin again at the end of the tokens. device: where sequences go.
-    Raises UserError where files are missing or broken, or have too few tokens.
-    """
+    Raises UserError where files are missing or broken, or have too few tokens."""
     def __init__(self, filename_pattern: str, seq_len: int, *, num_tokens: int | None = None, rank: int = 0,
                  world_size: int = 1, device: torch.device | str = "cpu", repeat: bool = False):
         self.files = sorted(glob.glob(filename_pattern))
@@ -563,10 +523,8 @@ class DistributedDataLoader:
                             "fetch FineWeb as README.md says, or name yours with --train_files and --val_files.")
         self.shards, vocab_sizes = zip(*map(open_shard, self.files))
         self.vocab_size = vocab_sizes[0]
-        for path, vocab_size in zip(self.files, vocab_sizes):
-            if vocab_size != self.vocab_size:
-                raise UserError(f"{path} has a vocabulary of {vocab_size} and {self.files[0]} one of {self.vocab_size}; train on "
-                                "shards of one tokenizer.")
+        if other := [path for path, size in zip(self.files, vocab_sizes) if size != self.vocab_size]:
+            raise UserError(f"{other[0]} and {self.files[0]} have different vocabularies ({set(vocab_sizes)}); use one tokenizer's shards.")
         *self.starts, self.total = np.cumsum([0, *map(len, self.shards)]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         if self.total < 2 or not repeat and self.num_tokens >= self.total:  # the last target is one token further
@@ -575,7 +533,6 @@ class DistributedDataLoader:
         self.seq_len, self.rank, self.world_size, self.device = seq_len, rank, world_size, torch.device(device)
         self.num_sequences = math.ceil(self.num_tokens / seq_len)
         self.position = 0  # sequences that all processes together have taken
-
     def check_tokens(self) -> None:
         """Read all that the run will see. Raises UserError at a token beyond the vocabulary."""
         for path, start, shard in zip(self.files, self.starts, self.shards):
@@ -584,18 +541,14 @@ class DistributedDataLoader:
                 at = int(np.argmax(tokens >= self.vocab_size))
                 raise UserError(f"{path} has token {tokens[at]} at position {at}, beyond its vocabulary of {self.vocab_size}; "
                                 "fetch or make it again.")
-
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens, uint16, from position `start` of the shards' endless repetition."""
-        out, done = np.empty(count, dtype=np.uint16), 0
-        while done < count:
-            at = (start + done) % self.total
-            shard = bisect.bisect_right(self.starts, at) - 1
-            piece = self.shards[shard][at - self.starts[shard]:][:count - done]
-            out[done:done + len(piece)] = piece
-            done += len(piece)
-        return out
-
+        pieces = []
+        while count:
+            shard = bisect.bisect_right(self.starts, start % self.total) - 1
+            pieces.append(self.shards[shard][start % self.total - self.starts[shard]:][:count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
     def sequence(self, index: int) -> tuple[Tensor, Tensor]:
         """Sequence `index` on the device: inputs (seq_len,) int32 and targets (seq_len,) int64."""
         tokens = torch.from_numpy(self.read(index * self.seq_len, self.seq_len + 1).view(np.int16))
@@ -605,7 +558,6 @@ class DistributedDataLoader:
         targets = ids[1:].long()
         targets[max(0, self.num_tokens - index * self.seq_len):] = -100
         return ids[:-1], targets
-
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """This process's next sequence: number rank, then rank + world_size, and so on."""
         index, self.position = self.position + self.rank, self.position + self.world_size
@@ -614,7 +566,7 @@ class DistributedDataLoader:
 # ---------- Settings: one dataclass, whose fields are the flags
 
 def setting(default, meaning: str, **limits):
-    """A field with its meaning for --help and its limits: least, most, multiple_of, choices."""
+    """A field with its meaning, for --help, and its limits: least, most, multiple_of, choices."""
     return dataclasses.field(default=default, metadata=dict(meaning=meaning, **limits))
 
 @dataclasses.dataclass
@@ -646,6 +598,7 @@ class Hyperparameters:
     coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step")
     val_loss_every: int = setting(125, "steps between validations; 0 for the last alone", least=0)
     sample: int = setting(0, "tokens to write after training, at most", least=0)
+    timeout: int = setting(300, "seconds to wait for a process that does not answer, or does not go on", least=5)
     log_dir: str = setting("logs", "folder of the log")
     run_id: str = setting("", "name of the log, log_dir/RUN_ID.txt; made from the time when empty")
 
@@ -658,17 +611,14 @@ PRESETS = {
         train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536, repeat=True,
         train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=128,
         attention_free_layers=(4,), num_iterations=600, cooldown_frac=0.7, max_window=512, embed_lr=0.3, head_lr=0.004,
-        scalar_lr=0.02, muon_lr=0.025, val_loss_every=100, sample=400),
-}
+        scalar_lr=0.02, muon_lr=0.025, val_loss_every=100, sample=400)}
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:
     """The settings that a command line asks for, and its preset. Raises UserError at what it does not know."""
     def boolean(text: str) -> bool:
         return bool(["false", "true"].index(text.lower()))
-
     def layers(text: str) -> tuple[int, ...]:
         return () if text == "none" else tuple(map(int, text.split(",")))
-
     def refuse(message: str):
         raise UserError(f"{message}; --help lists all flags and presets.")
 
@@ -689,15 +639,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
 def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     """Raise UserError at the first setting that cannot work, on this machine and with these processes."""
     if preset != "tiny" and not machine.is_gpu:
-        raise UserError(f"the {preset} preset needs a CUDA GPU, and torch {torch.__version__} finds none here; use --preset tiny, or "
-                        "see whether nvidia-smi lists the card and torch is a CUDA build.")
+        raise UserError(f"the {preset} preset needs a CUDA GPU, and torch {torch.__version__} finds none; use --preset tiny, or see "
+                        "whether nvidia-smi lists the card and torch is a CUDA build.")
     for field in dataclasses.fields(hp):
         value, limits = getattr(hp, field.name), field.metadata
-        if (multiple := limits.get("multiple_of")) and (value % multiple or value < limits["least"]):
-            raise UserError(f"--{field.name} is {value}, and has to be a multiple of {multiple}, as {next_multiple_of_n(value, n=multiple)}.")
-        if "least" in limits and not limits["least"] <= value <= limits.get("most", math.inf):
-            most = f" and at most {limits['most']}" if "most" in limits else ""
-            raise UserError(f"--{field.name} is {value}, and has to be at least {limits['least']}{most}.")
+        least, most, multiple = limits.get("least"), limits.get("most", math.inf), limits.get("multiple_of")
+        if least is not None and (not least <= value <= most or multiple and value % multiple):
+            wanted = f"a multiple of {multiple}, as {next_multiple_of_n(value, n=multiple)}" if multiple else f"at least {least}"
+            raise UserError(f"--{field.name} is {value}, and has to be {wanted}{f' and at most {most}' if most < math.inf else ''}.")
     if not set(hp.attention_free_layers) <= set(range(hp.num_layers)):
         raise UserError(f"--attention_free_layers is {hp.attention_free_layers}, and the layers are 0 to {hp.num_layers - 1}.")
     if hp.seqs_per_step % machine.world_size:
@@ -706,8 +655,7 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
 
 def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
     """1 until the cooldown, then linearly down to 0.1 at the end."""
-    left = (1 - step / hp.num_iterations) / hp.cooldown_frac
-    return 1.0 if left >= 1 else 0.1 + 0.9 * left
+    return 0.1 + 0.9 * min(1, (1 - step / hp.num_iterations) / hp.cooldown_frac)
 
 def muon_momentum(step: int) -> float:
     """From 0.85 to 0.95 over 300 steps: while gradients turn fast, a short memory is the better one."""
@@ -717,6 +665,140 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
     """The attention window in blocks of 128 tokens, from 1 to max_window / 128, linear in the steps."""
     # Half a block below the maximum, so that the longest window is there for some steps and not only after the last.
     return next_multiple_of_n((hp.max_window - BLOCK // 2) * step / hp.num_iterations, n=BLOCK) // BLOCK
+
+# ---------- Processes: those of one run start from the same, add up their gradients, and end together
+
+def shared_facts(hp: Hyperparameters, loaders: tuple[DistributedDataLoader, ...]) -> dict[str, str]:
+    """What all processes have to have in common, by names for people. Files may lie elsewhere on each machine."""
+    settings = {f"--{name}": value for name, value in dataclasses.asdict(hp).items() if not name.endswith(("_files", "_dir", "_id"))}
+    shards = {f"tokens in {Path(file).name}": len(shard) for loader in loaders for file, shard in zip(loader.files, loader.shards)}
+    script = dict(script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), torch=torch.__version__)
+    return {name: str(value) for name, value in (settings | shards | script).items()}
+
+def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str) -> list[str]:
+    """Tell the other processes what this one starts from, or why it cannot start, and hear them. Returns the names of their
+    machines. Raises UserError, in all processes alike, where one cannot start, is missing, or differs from process 0."""
+    store.set(f"start/{rank}", json.dumps([platform.node(), failure, facts]))
+    try:
+        said = [json.loads(store.get(f"start/{other}")) for other in range(world_size)]
+    except dist.DistError:
+        missing = [str(other) for other in range(world_size) if not store.check([f"start/{other}"])]
+        raise UserError(f"process {' and '.join(missing)} did not start within --timeout; see what its machine says.") from None
+    for other, (host, failure, _) in enumerate(said):
+        if failure:
+            raise UserError(failure if all(failure == each for _, each, _ in said) else f"process {other} on {host}: {failure}")
+    for other, (host, _, facts) in enumerate(said):
+        for name in said[0][2] | facts:
+            if facts.get(name) != (expected := said[0][2].get(name)):
+                raise UserError(f"process {other} on {host} has {name} {facts.get(name)}, and process 0 has {expected}; start all from "
+                                "the same script, settings and shards.")
+    return [host for host, *_ in said]
+
+class Watchdog(threading.Thread):
+    """Ends this process, with a line, when another one has died or hangs: collectives would wait for it in vain.
+
+    Twice a second every process tells the others, through the launcher's store, that it lives, its `place`, a number that
+    grows with what the main thread does, and the error that ends it. Who says nothing for `timeout` seconds is dead, stopped
+    or cut off; where no place changes, those behind the others hang. Signals come to this thread, since the main one may be
+    waiting where Python cannot interrupt it: SIGINT ends the process at once, and SIGTERM, which torchrun sends when it has
+    lost a process, after a look for that one."""
+    def __init__(self, store, rank: int, hosts: list[str], timeout: float):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.hosts, self.timeout = store.clone(), rank, hosts, timeout
+        self.place, self.failure, self.look_until, self.closed = -1, "", math.inf, False  # -1: compiling, for who knows how long
+        self.signals, written = os.pipe()
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        self.say(0)
+    def __enter__(self) -> None:
+        self.start()
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        """The main thread ends. Where its error follows from the loss of another process, that one is named, and this does not
+        return; otherwise the others hear of the error."""
+        if isinstance(error, RuntimeError):
+            self.look_until = min(self.look_until, time.monotonic() + 4)
+            self.join(5)
+        self.closed, self.failure = True, f"has failed: {str(error) or kind.__name__}".splitlines()[0] if error else ""
+        self.say(time.monotonic())
+    def say(self, now: float) -> None:
+        self.store.set(f"alive/{self.rank}", json.dumps([now, self.place, self.failure]))
+    def run(self) -> None:
+        ranks, received, since, moved = range(len(self.hosts)), b"", [0.0] * len(self.hosts), 0.0
+        heard = [[None, -1, ""]] * len(ranks)
+        while not self.closed:
+            if select.select([self.signals], [], [], 0.5)[0]:
+                received, self.look_until = received + os.read(self.signals, 1), min(self.look_until, time.monotonic() + 4)
+            before, now = heard, time.monotonic()
+            try:
+                self.say(now)
+                heard = [json.loads(text) for text in self.store.multi_get([f"alive/{rank}" for rank in ranks])]
+            except dist.DistError:
+                self.end("the launcher of process 0 does not answer", 1)
+            since = [since[rank] if heard[rank] == before[rank] else now for rank in ranks]
+            _, places, failures = zip(*heard)
+            moved = moved if places == tuple(place for _, place, _ in before) else now
+            silence = 2.5 if self.look_until < math.inf else self.timeout  # while it looks for a loss, a shorter one is enough
+            if signal.SIGINT in received:
+                self.end("stopped by the keyboard", 128 + signal.SIGINT)
+            if lost := [rank for rank in ranks if failures[rank] or now - since[rank] > silence and places[rank] < math.inf]:
+                known = failures[lost[0]] and self.hosts[lost[0]] == self.hosts[self.rank]  # where it was said by the process itself
+                self.end(failures[lost[0]] or "gave no answer: killed, stopped or cut off", 1, lost, places, shown=not known)
+            if 0 <= self.place < math.inf and now - moved > self.timeout:
+                self.end(f"made no progress for {self.timeout} s", 1, [rank for rank in ranks if places[rank] == min(places)], places)
+            if signal.SIGTERM in received and now > self.look_until:
+                self.end("stopped by SIGTERM", 128 + signal.SIGTERM)
+    def end(self, reason: str, code: int, culprits: list[int] | tuple = (), places: tuple = (), shown: bool = True) -> None:
+        """Say why, once a machine, and leave without waiting for what cannot end."""
+        here = {rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]}
+        names = " and ".join(f"process {rank} on {self.hosts[rank]}" for rank in culprits) + " " * bool(culprits)
+        at = f", at step {max(places) // 3 + 1}" if 0 <= max(places, default=-1) < math.inf else ""
+        if shown and not self.closed and self.rank == min(here - set(culprits) or here):
+            tqdm.write(f"train_gpt.py: {names}{reason}{at}; the run has ended.", file=sys.stderr)
+        if not self.closed:
+            os._exit(code)
+
+class GradientReducer:
+    """Adds up gradients over the processes, each as soon as the step's last backward pass has it: a matrix of Muon's where it
+    will be orthogonalised, which takes half the bytes, the others everywhere; what is small together, by the megabyte.
+
+    last: whether the coming backward pass is the step's last one. watchdog: to be told where this process waits."""
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine, watchdog: Watchdog | None = None):
+        self.machine, self.watchdog, self.last, self.small, self.in_flight = machine, watchdog, False, {}, []
+        self.owner = {p: rank for muon in optimizers if isinstance(muon, Muon) for p, rank in muon.owner.items()}
+        for p in model.parameters() if machine.world_size > 1 else ():
+            p.register_post_accumulate_grad_hook(self.ready)
+    def at(self, step: int) -> None:
+        """A step begins."""
+        if self.watchdog:
+            self.watchdog.place = 3 * step  # one more wherever this process waits: in the validation, in the step
+    def ready(self, p: Tensor) -> None:
+        """A gradient is complete."""
+        if self.last and p.grad.nbytes < 1 << 20:
+            self.collect(p.grad)
+        elif self.last:
+            work = dist.reduce(p.grad, self.owner[p], async_op=True) if p in self.owner else dist.all_reduce(p.grad, async_op=True)
+            self.in_flight.append((work, None, []))
+    def collect(self, t: Tensor, full: int = 1 << 20) -> None:
+        """Put a small tensor into the bucket of its dtype, and send that off when it has `full` bytes."""
+        bucket = self.small.setdefault(t.dtype, [])
+        bucket.append(t)
+        if sum(t.nbytes for t in bucket) >= full:
+            flat = torch.cat([t.flatten() for t in self.small.pop(t.dtype)])
+            self.in_flight.append((dist.all_reduce(flat, async_op=True), flat, bucket))
+    def finish(self, total: Tensor) -> None:
+        """Send off what is left, add up `total`, 0-d, as well, and wait until all sums are there."""
+        if self.machine.world_size == 1:
+            return
+        for t in [*(bucket.pop() for bucket in self.small.values() if bucket), total]:
+            self.collect(t, full=0)
+        self.watchdog.place += self.watchdog.place >= 0
+        for work, flat, bucket in self.in_flight:
+            work.wait()
+            if bucket:
+                torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in bucket]), bucket)])
+        self.in_flight.clear()
 
 # ---------- Log: this script, versions, hardware and settings; then a line for each step and validation
 
@@ -742,39 +824,32 @@ class RunLog:
         settings = "\n".join(f"{name}: {value}" for name, value in (about | facts | dataclasses.asdict(hp)).items())
         self.file.write("\n".join([source, "=" * 100, gpus, settings, "=" * 100, ""]))
         self.line(f"log: {path}")
-
     def start_clock(self) -> None:
         self.machine.synchronize()
         self.since = time.perf_counter()
-
     def stop_clock(self) -> None:
         self.flush()
         self.machine.synchronize()
         self.trained_ms, self.since = self.milliseconds(), None
-
     def milliseconds(self) -> float:
         """Time spent in training, without validations."""
         return self.trained_ms + (1000 * (time.perf_counter() - self.since) if self.since else 0)
-
     def line(self, text: str, shown: bool = True) -> None:
         """Add a line to the file, and show it."""
         self.file.write(text + "\n")
         if shown and self.machine.rank == 0:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
-
     def progress(self, step: int, result: str = "", more: str = "", shown: bool = True) -> None:
         """A line in the form of the public logs."""
         now = self.milliseconds()
         self.line(f"step:{step}/{self.num_iterations} {result}train_time:{now:.0f}ms step_avg:{now / max(step, 1):.2f}ms{more}", shown)
-
     def step(self, step: int, loss: Tensor) -> None:
         """The line of a step. A GPU's is written while its next step runs, when the loss has arrived without a wait."""
         self.flush()
         self.pending = step, self.machine.read_later(loss)
         if not self.machine.is_gpu:
             self.flush()
-
     def flush(self) -> None:
         """Write the line that waits for its loss."""
         if self.pending:
@@ -783,7 +858,6 @@ class RunLog:
             self.progress(step, more=f" train_loss:{loss:.4f}", shown=self.bar.disable)
             self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
             self.bar.update()
-
     def close(self) -> None:
         self.bar.close()
         self.file.close()
@@ -821,34 +895,33 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperpa
             group["momentum"] = muon_momentum(step)
     return torch.tensor(window_blocks(step, hp), dtype=torch.int32).to(machine.device, non_blocking=True)
 
-def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, machine: Machine) -> Tensor:
+def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, reducer: GradientReducer) -> Tensor:
     """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share. Gradients add up
-    over the micro-steps, and are reduced over the processes once. Returns the step's mean loss, 0-d."""
-    loss_sum = torch.zeros((), device=machine.device)
-    for inputs, targets in batches:
+    over the micro-steps, and are reduced over the processes once, during the last. Returns the step's mean loss, 0-d."""
+    batches = list(batches)
+    loss_sum = torch.zeros((), device=window.device)
+    for number, (inputs, targets) in enumerate(batches, 1):
         loss = model(inputs, targets, window)
+        reducer.last = number == len(batches)
         loss.backward()
         loss_sum += loss.detach()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if machine.world_size > 1:
-        for work in [dist.all_reduce(t, async_op=True) for t in (loss_sum, *grads)]:
-            work.wait()
-    torch._foreach_div_(grads, seqs_per_step)
+    reducer.finish(loss_sum)
+    torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], seqs_per_step)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
     return loss_sum / seqs_per_step
 
 @torch.no_grad()
-def validate(model, loader: DistributedDataLoader, window: Tensor, machine: Machine) -> float:
+def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: GradientReducer) -> float:
     """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
     model.eval()
+    machine = reducer.machine
     total = torch.zeros((), dtype=torch.float64, device=machine.device)
     for index in range(machine.rank, loader.num_sequences, machine.world_size):
         num_tokens = min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
         total += model(*loader.sequence(index), window).double() * num_tokens
-    if machine.world_size > 1:
-        dist.all_reduce(total)
+    reducer.finish(total)
     model.train()
     return total.item() / loader.num_tokens
 
@@ -867,24 +940,21 @@ def out_of_memory(model: GPT, hp: Hyperparameters, machine: Machine, total: int)
         length = hp.train_seq_len // parts
         if hp.train_seq_len % (parts * BLOCK) == 0 and memory_needed(model, hp, length) < 0.9 * total:
             advice = f"--train_seq_len {length} --seqs_per_step {hp.seqs_per_step * parts} (the same tokens a step) would fit"
-    needed = memory_needed(model, hp, hp.train_seq_len)
-    return UserError(f"out of memory: --train_seq_len {hp.train_seq_len} needs about {needed / 2**30:.1f} GiB, and {machine.name} has "
+    needed = memory_needed(model, hp, hp.train_seq_len) / 2**30
+    return UserError(f"out of memory: --train_seq_len {hp.train_seq_len} needs about {needed:.1f} GiB, and {machine.name} has "
                      f"{total / 2**30:.1f}, some of it perhaps taken by others; {advice}.")
 
-def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, machine: Machine) -> None:
+def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, reducer: GradientReducer) -> None:
     """Compile and run every kernel on made-up tokens, then put weights, optimizers and random state back as they were."""
-    before = copy.deepcopy([module.state_dict() for module in (model, *optimizers)])
-    with torch.random.fork_rng(devices=[machine.device] if machine.is_gpu else []):
-        window = set_schedule(optimizers, hp.num_iterations, hp, machine)  # the longest: what fits into memory now always will
-
-        def made_up(length: int) -> list[Tensor]:
-            return [torch.randint(vocab_size, (length,), device=machine.device, dtype=t) for t in (torch.int32, torch.int64)]
-
+    before, device = copy.deepcopy([module.state_dict() for module in (model, *optimizers)]), reducer.machine.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        window = set_schedule(optimizers, hp.num_iterations, hp, reducer.machine)  # the longest: what fits now always will
+        train_ids, val_ids = (torch.randint(vocab_size, (n,), device=device) for n in (hp.train_seq_len, hp.val_seq_len))
         for _ in range(2):
-            training_step(model, optimizers, [made_up(hp.train_seq_len)], window, 1, machine)
+            training_step(model, optimizers, [(train_ids.int(), train_ids)], window, 1, reducer)
         model.eval()
         with torch.no_grad():
-            model(*made_up(hp.val_seq_len), window)
+            model(val_ids.int(), val_ids, window)
         model.train()
     for module, state in zip((model, *optimizers), before):
         module.load_state_dict(state)
@@ -913,8 +983,7 @@ def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
 
 def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperparameters, machine: Machine) -> None:
     """The closing lines: tokens per second and MFU, passes over the tokens, peak memory."""
-    rate = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len / log.milliseconds() * 1000
-    mfu = ""
+    rate, mfu = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len / log.milliseconds() * 1000, ""
     if machine.is_gpu and machine.peak_flops:
         # 6 FLOP a token for each weight in a matmul, and attention at half the longest window, the mean over the run: an
         # upper bound, since most layers have the short one, and documents may end sooner.
@@ -926,70 +995,101 @@ def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperpara
     log.line(f"passes over the training tokens: {loader.position * loader.seq_len / loader.total:.2f}")
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*machine.peak_memory()))
 
-def train(hp: Hyperparameters, preset: str, machine: Machine) -> None:
-    """The whole run: check the data, build, warm up, train and validate, report. Raises UserError before any training."""
+def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
+    """The network as the machine runs it fastest. On one GPU it is a single graph; on several it is compiled in parts, since
+    gradients are ready where a compiled backward pass ends, and shall travel while the next part's computes."""
+    if not machine.is_gpu:
+        return network
+    torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
+    if machine.world_size == 1:
+        return torch.compile(network, dynamic=False, fullgraph=True)
+    torch._dynamo.config.recompile_limit = 32  # blocks share their code, and each kind of them is compiled for itself
+    for part in network.blocks:
+        part.compile(dynamic=False, fullgraph=True)
+    network.loss = torch.compile(network.loss, dynamic=False, fullgraph=True)
+    return network
+
+def prepare(argv: list[str] | None) -> tuple:
+    """Settings, preset, machine and loaders: all that can be wrong with one process alone. Raises UserError."""
+    hp, preset = parse_arguments(argv)
+    machine = Machine.detect()
+    check_settings(hp, preset, machine)
     processes = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
     train_tokens = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len
     train_loader = DistributedDataLoader(hp.train_files, hp.train_seq_len, num_tokens=train_tokens, repeat=hp.repeat, **processes)
     val_loader = DistributedDataLoader(hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **processes)
-    vocab_size = train_loader.vocab_size
-    if vocab_size != val_loader.vocab_size:
-        raise UserError(f"{hp.train_files} has a vocabulary of {vocab_size} and {hp.val_files} one of {val_loader.vocab_size}; validate "
-                        "on shards of the same tokenizer.")
+    if train_loader.vocab_size != val_loader.vocab_size:
+        raise UserError(f"{hp.train_files} has a vocabulary of {train_loader.vocab_size} and {hp.val_files} one of "
+                        f"{val_loader.vocab_size}; validate on shards of the same tokenizer.")
     if machine.local_rank == 0:  # once a machine is enough
         train_loader.check_tokens()
         val_loader.check_tokens()
-    if machine.world_size > 1:
-        dist.init_process_group("nccl" if machine.is_gpu else "gloo", device_id=machine.device if machine.is_gpu else None)
+    return hp, preset, machine, train_loader, val_loader
 
-    network = build_model(hp, vocab_size, machine)
+def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader: DistributedDataLoader,
+          val_loader: DistributedDataLoader, watchdog: Watchdog | None) -> None:
+    """The whole run: build, warm up, train and validate, report."""
+    network = build_model(hp, train_loader.vocab_size, machine)
     optimizers = build_optimizers(network, hp, machine)
-    torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
-    model = torch.compile(network, dynamic=False, fullgraph=True) if machine.is_gpu else network
+    model, reducer = compiled(network, hp, machine), GradientReducer(network, optimizers, machine, watchdog)
     log = RunLog(hp, machine, dict(
         preset=preset, activations=network.embed.weight.dtype, head="FP8" if network.lm_head.use_fp8 else "as the activations",
         attention="FlexAttention" if machine.is_gpu else "block-sparse, for want of FlexAttention's backward pass on a CPU",
-        vocab_size=vocab_size, parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total))
+        vocab_size=network.vocab_size, parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total))
     try:
         try:
-            warm_up(model, optimizers, hp, vocab_size, machine)
+            warm_up(model, optimizers, hp, network.vocab_size, reducer)
         except torch.OutOfMemoryError:
             raise out_of_memory(network, hp, machine, torch.cuda.mem_get_info()[1]) from None
         log.start_clock()
         for step in range(hp.num_iterations + 1):
+            reducer.at(step)
             window = set_schedule(optimizers, step, hp, machine)
             if step == hp.num_iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
                 log.stop_clock()
-                log.progress(step, f"val_loss:{validate(model, val_loader, window, machine):.4f} ")
+                log.progress(step, f"val_loss:{validate(model, val_loader, window, reducer):.4f} ")
                 if step == hp.num_iterations:
                     break
                 log.start_clock()
             batches = (train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size))
-            log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, machine))
+            log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer))
+        reducer.at(math.inf)  # from here on no process waits for another
         report(log, train_loader, network, hp, machine)
         if hp.sample and machine.rank == 0:
-            log.line("sample: " + sample(network, hp.sample, window, hp.seed))
+            with torch.compiler.set_stance("force_eager"):  # each length would be compiled
+                log.line("sample: " + sample(network, hp.sample, window, hp.seed))
     finally:
         log.close()
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the flags in `argv` (default: the command line's). Returns the exit code: 2 for what the user can mend."""
+    rank, local_rank, world_size = process_place()
+    watchdog, run, facts, failure = None, (), {}, ""
     try:
-        hp, preset = parse_arguments(argv)
-        machine = Machine.detect()
-        check_settings(hp, preset, machine)
-        train(hp, preset, machine)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # the last two name the file, or the memory that lacks
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the machine's other processes found the same
-            print(f"train_gpt.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train_gpt.py: stopped by the keyboard", file=sys.stderr)
-        return 130
+        try:
+            run = prepare(argv)
+            facts = shared_facts(run[0], run[3:])
+        except (UserError, OSError) as error:
+            if world_size == 1:
+                raise
+            failure = str(error)  # the others have to hear of it
+        if world_size > 1:
+            timeout = run[0].timeout if run else Hyperparameters.timeout
+            store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
+            watchdog = Watchdog(store, rank, agree(store, rank, world_size, facts, failure), timeout)
+        with watchdog or contextlib.nullcontext():
+            if watchdog:
+                gpu = run[2].device if run[2].is_gpu else None
+                dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, device_id=gpu)
+            train(*run, watchdog)
+        return 0
+    except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:  # an OSError names the file
+        if watchdog or local_rank == 0:  # before there is a watchdog, all processes of a machine meet the same
+            print(f"train_gpt.py: {str(error) or 'stopped by the keyboard'}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -113,7 +113,7 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
     optimizers = t.build_optimizers(network, hp, machine)
     model = compiled(network, machine)
     start = time.perf_counter()
-    t.warm_up(model, optimizers, hp, vocab_size, machine)
+    t.warm_up(model, optimizers, hp, vocab_size, t.GradientReducer(network, optimizers, machine))
     machine.synchronize()
     compile_seconds = time.perf_counter() - start
 

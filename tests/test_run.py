@@ -78,7 +78,7 @@ def test_warm_up_leaves_no_trace(dtype):
     optimizers = train_gpt.build_optimizers(model, hp, CPU)
     weights = [p.data_ptr() for p in model.parameters()]
     before = snapshot(model, optimizers)
-    train_gpt.warm_up(model, optimizers, hp, VOCAB, CPU)
+    train_gpt.warm_up(model, optimizers, hp, VOCAB, train_gpt.GradientReducer(model, optimizers, CPU))
     assert_identical(before, snapshot(model, optimizers))
     assert weights == [p.data_ptr() for p in model.parameters()]  # compiled code has hold of these
     assert not any(optimizer.state for optimizer in optimizers)
@@ -92,9 +92,9 @@ def test_warm_up_keeps_what_the_optimizers_remember():
     ids = torch.arange(256, dtype=torch.int32)
     window = train_gpt.set_schedule(optimizers, 3, hp, CPU)
     for _ in range(2):
-        train_gpt.training_step(model, optimizers, [(ids, ids.long())], window, 1, CPU)
+        train_gpt.training_step(model, optimizers, [(ids, ids.long())], window, 1, train_gpt.GradientReducer(model, optimizers, CPU))
     before = snapshot(model, optimizers)
-    train_gpt.warm_up(model, optimizers, hp, VOCAB, CPU)
+    train_gpt.warm_up(model, optimizers, hp, VOCAB, train_gpt.GradientReducer(model, optimizers, CPU))
     assert_identical(before, snapshot(model, optimizers))
 
 
