@@ -678,7 +678,8 @@ def shared_facts(hp: Hyperparameters, loaders: tuple[DistributedDataLoader, ...]
 def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str) -> list[str]:
     """Tell the other processes what this one starts from, or why it cannot start, and hear them. Returns the names of their
     machines. Raises UserError, in all processes alike, where one cannot start, is missing, or differs from process 0."""
-    store.set(f"start/{rank}", json.dumps([platform.node(), failure, facts]))
+    host = f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
+    store.set(f"start/{rank}", json.dumps([host, failure, facts]))
     try:
         said = [json.loads(store.get(f"start/{other}")) for other in range(world_size)]
     except dist.DistError:

@@ -262,10 +262,10 @@ def test_too_few_tokens(data, capsys):
 
 
 @pytest.mark.parametrize("world_size, seqs", [(3, 2), (4, 6), (2, 3)])
-def test_processes_that_do_not_divide_a_step(world_size, seqs, data, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    sentence = refused(capsys, *data, "--seqs_per_step", seqs)
-    assert str(world_size) in sentence and str(seqs) in sentence
+def test_processes_that_do_not_divide_a_step(world_size, seqs):
+    machine = dataclasses.replace(CPU, world_size=world_size)
+    with pytest.raises(train_gpt.UserError, match=f"{world_size} processes cannot share {seqs} sequences"):
+        train_gpt.check_settings(train_gpt.Hyperparameters(seqs_per_step=seqs), "tiny", machine)
 
 
 def test_log_that_exists_is_not_overwritten(data, capsys, tmp_path):
