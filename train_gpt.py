@@ -88,8 +88,7 @@ class Machine:
         """Start copying a 0-d tensor to the host. The function returned waits for that copy alone, and gives the float."""
         if not self.is_gpu:
             return value.item
-        host, copied = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(value, non_blocking=True)
+        host, copied = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True), torch.cuda.Event()
         copied.record()
         return lambda: (copied.synchronize(), host.item())[1]
     def peak_memory(self) -> tuple[int, int]:
@@ -138,15 +137,13 @@ def mm_setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
-def mm_autograd(ctx, grad: Tensor, *_):
-    return *torch.ops.nanogpt.mm_backward(grad, *ctx.saved_tensors, *ctx.scales), None, None, None
-
 # What the compiler has to know of both: the shapes and dtypes of their results.
 mm_op.register_fake(lambda x, w, *scales: (x.new_empty(len(x), len(w), dtype=torch.bfloat16), *(
     t.new_empty(t.shape, dtype=torch.float8_e4m3fn) for t in (x, w))))
 mm_backward_op.register_fake(lambda grad, x_f8, w_f8, *scales: (
     x_f8.new_empty(x_f8.shape, dtype=torch.bfloat16), w_f8.new_empty(w_f8.shape, dtype=torch.float32)))
-mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
+mm_op.register_autograd(lambda ctx, grad, *_: (*torch.ops.nanogpt.mm_backward(grad, *ctx.saved_tensors, *ctx.scales), None, None, None),
+                        setup_context=mm_setup_context)
 
 # ---------- Muon: momentum, orthogonalised. "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
 
@@ -154,11 +151,10 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # 
 
 def zeropower_via_newtonschulz5(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """About the nearest orthogonal matrix: U S V^T becomes U S' V^T, with every S' somewhere between 0.7 and 1.2. G is
-    (..., rows, cols) of any float dtype, a batch of matrices; the result has its shape, and `dtype`.
-
-    Each step applies an odd quintic to all singular values at once, by matmuls alone. Its coefficients make the slope at
-    zero as steep as can be, so that small values grow 3.4-fold a step; that large ones then hover around 1 instead of
-    reaching it does not hurt. "Old Optimizer, New Norm" (Bernstein & Newhouse, 2024)."""
+    (..., rows, cols) of any float dtype, a batch of matrices; the result has its shape, and `dtype`. Each step applies an odd
+    quintic to all singular values at once, by matmuls alone. Its coefficients make the slope at zero as steep as can be, so that
+    small values grow 3.4-fold a step; that large ones then hover around 1 instead of reaching it does not hurt. "Old Optimizer,
+    New Norm" (Bernstein & Newhouse, 2024)."""
     if G.ndim < 2:
         raise ValueError(f"Newton-Schulz needs matrices, got a tensor of shape {tuple(G.shape)}")
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -174,7 +170,6 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int, dtype: torch.dtype = torc
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the hidden matrices of a network.
-
     Parameters of one shape are a group, of which every process takes an equal share (the last ones perhaps less): it reads the
     gradients of those p alone for which owner[p] is its rank, keeps their momentum, and orthogonalises their updates in one
     batched call. While the results of one group are being gathered, the next group is being computed.
@@ -195,9 +190,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
-        travelling = None
+        before = None
         for group in [*self.param_groups, None]:
-            arrived, travelling = travelling, group and (group, *self.orthogonal_updates(group))
+            arrived, before = before, group and (group, *self.orthogonal_updates(group))
             if arrived:  # the group before, whose updates were on their way while this one was computed
                 self.apply(*arrived)
     def orthogonal_updates(self, group: dict) -> tuple:
@@ -537,7 +532,7 @@ class DistributedDataLoader:
         """Read all that the run will see. Raises UserError at a token beyond the vocabulary."""
         for path, start, shard in zip(self.files, self.starts, self.shards):
             tokens = shard[:max(0, self.num_tokens + 1 - start)]
-            if len(tokens) and tokens.max() >= self.vocab_size:
+            if tokens.max(initial=0) >= self.vocab_size:
                 at = int(np.argmax(tokens >= self.vocab_size))
                 raise UserError(f"{path} has token {tokens[at]} at position {at}, beyond its vocabulary of {self.vocab_size}; "
                                 "fetch or make it again.")
@@ -696,13 +691,12 @@ def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str
     return [host for host, *_ in said]
 
 class Watchdog(threading.Thread):
-    """Ends this process, with a line, when another one has died or hangs: collectives would wait for it in vain.
-
-    Twice a second every process tells the others, through the launcher's store, that it lives, its `place`, a number that
-    grows with what the main thread does, and the error that ends it. Who says nothing for `timeout` seconds is dead, stopped
-    or cut off; where no place changes, those behind the others hang. Signals come to this thread, since the main one may be
-    waiting where Python cannot interrupt it: SIGINT ends the process at once, and SIGTERM, which torchrun sends when it has
-    lost a process, after a look for that one."""
+    """Ends this process, with a line, when another one has died or hangs, for which collectives would wait in vain. Twice a second
+    every process tells the others, through the launcher's store, that it lives, its `place`, a number that grows with what the
+    main thread does, and the error that ends it. Who says nothing for `timeout` seconds is dead, stopped or cut off; where no
+    place changes, those behind the others hang. Signals come to this thread, since the main one may be waiting where Python
+    cannot interrupt it: SIGINT ends the process at once; SIGTERM, which torchrun sends when it has lost a process, after a look
+    for that one."""
     def __init__(self, store, rank: int, hosts: list[str], timeout: float):
         super().__init__(daemon=True)
         self.store, self.rank, self.hosts, self.timeout = store.clone(), rank, hosts, timeout
@@ -761,10 +755,8 @@ class Watchdog(threading.Thread):
             os._exit(code)
 
 class GradientReducer:
-    """Adds up gradients over the processes, each as soon as the step's last backward pass has it: a matrix of Muon's where it
-    will be orthogonalised, which takes half the bytes, the others everywhere; what is small together, by the megabyte.
-
-    last: whether the coming backward pass is the step's last one. watchdog: to be told where this process waits."""
+    """Adds up gradients over the processes, each as soon as the backward pass has it (the step's `last`): a matrix of Muon's where
+    it will be orthogonalised, which takes half the bytes, the others everywhere; what is small together, by the megabyte."""
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine, watchdog: Watchdog | None = None):
         self.machine, self.watchdog, self.last, self.small, self.in_flight = machine, watchdog, False, {}, []
         self.owner = {p: rank for muon in optimizers if isinstance(muon, Muon) for p, rank in muon.owner.items()}
@@ -927,9 +919,9 @@ def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: Grad
     return total.item() / loader.num_tokens
 
 def memory_needed(model: GPT, hp: Hyperparameters, train_seq_len: int) -> float:
-    """About how many bytes a GPU needs for micro-steps of train_seq_len tokens: for a weight its gradient, its optimizer's
-    state and the warm-up's copy, for a token its logits and what each layer keeps for the backward pass. 5 bytes a logit and
-    34 a channel were chosen to meet one figure, the public record's 30,724 MiB at 48K tokens; other lengths extrapolate."""
+    """About how many bytes a GPU needs for micro-steps of train_seq_len tokens: for a weight its gradient, optimizer state and
+    copy in the warm-up, for a token its logits and what each layer keeps for the backward pass. 5 bytes a logit and 34 a channel
+    were chosen to meet one figure, the public record's 30,724 MiB at 48K tokens; other lengths extrapolate."""
     adam = sum(p.nbytes for m in (model.embed, model.value_embeds, model.lm_head) for p in m.parameters())
     per_token = 5 * model.lm_head.weight.size(0) + 34 * hp.model_dim * hp.num_layers
     return 5 * adam + 4 * sum(p.nbytes for p in model.blocks.parameters()) + per_token * train_seq_len
