@@ -34,7 +34,6 @@ class UserError(Exception):
 def process_place() -> tuple[int, ...]:
     """This process's number, its number on this machine, and how many there are, as torchrun tells them."""
     return tuple(int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
 @torch.compiler.assume_constant_result
 def fp8_supported(device: torch.device) -> bool:
     """Whether the device multiplies FP8 in hardware: CUDA, compute capability 8.9 (Ada) and up."""
@@ -105,17 +104,14 @@ def fused_on_gpu(function):
     """Compile a function of tensors at its first call on a GPU; elsewhere run it as it is."""
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
     return functools.wraps(function)(lambda *args: compiled()(*args) if args[0].is_cuda else function(*args))
-
 def to_fp8(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """`t * scale` rounded to an FP8 format. What is too large becomes the format's largest number, not infinity."""
     largest = torch.finfo(dtype).max
     return (t.float() * scale).clamp(-largest, largest).to(dtype)
-
 def scaled_mm(a: Tensor, b: Tensor, a_s: float, b_s: float, dtype: torch.dtype, fast: bool = False) -> Tensor:
     """`a @ b.T / (a_s * b_s)` of two row-major FP8 matrices, the one layout that the hardware multiplies."""
     inverse_a, inverse_b = (a.new_full((), 1 / scale, dtype=torch.float32) for scale in (a_s, b_s))
     return torch._scaled_mm(a, b.T, scale_a=inverse_a, scale_b=inverse_b, out_dtype=dtype, use_fast_accum=fast)
-
 @torch.library.custom_op("nanogpt::mm", mutates_args=())
 @fused_on_gpu
 def mm_op(x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +119,6 @@ def mm_op(x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[
     product, bfloat16 (T, out), and what the backward pass needs: both operands times their scales, in e4m3."""
     x_f8, w_f8 = to_fp8(x, x_s, torch.float8_e4m3fn), to_fp8(w, w_s, torch.float8_e4m3fn)
     return scaled_mm(x_f8, w_f8, x_s, w_s, torch.bfloat16, fast=True), x_f8, w_f8
-
 @torch.library.custom_op("nanogpt::mm_backward", mutates_args=())
 @fused_on_gpu
 def mm_backward_op(grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor]:
@@ -131,7 +126,6 @@ def mm_backward_op(grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: fl
     grad_f8 = to_fp8(grad, grad_s, torch.float8_e5m2)
     return (scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16),
             scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32))
-
 def mm_setup_context(ctx, inputs, output) -> None:
     ctx.scales = inputs[2:]
     ctx.save_for_backward(*output[1:])
@@ -279,7 +273,6 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMas
     blocks, bias, sees = block_sparse_plan(block_mask)
     out = BlockSparseAttention.apply(q[0], k[0], v[0], blocks, bias, scale)
     return (out if sees is None else out * sees)[None]
-
 def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
     """Attention under a block mask with the kernel that the tensors' device has; shapes as in block_sparse_attention."""
     if q.device.type == "meta":
@@ -292,7 +285,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation over the last dimension, without weights; shape and dtype stay."""
     return F.rms_norm(x, (x.size(-1),))
-
 def next_multiple_of_n(v: float, *, n: int) -> int:
     """The smallest positive multiple of n that is at least v."""
     return max(1, math.ceil(v / n)) * n
@@ -630,7 +622,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     return Hyperparameters(**PRESETS[preset] | given), preset
-
 def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     """Raise UserError at the first setting that cannot work, on this machine and with these processes."""
     if preset != "tiny" and not machine.is_gpu:
@@ -647,15 +638,12 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     if hp.seqs_per_step % machine.world_size:
         raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; start a number that "
                         f"divides {hp.seqs_per_step}, or set --seqs_per_step to a multiple of {machine.world_size}.")
-
 def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
     """1 until the cooldown, then linearly down to 0.1 at the end."""
     return 0.1 + 0.9 * min(1, (1 - step / hp.num_iterations) / hp.cooldown_frac)
-
 def muon_momentum(step: int) -> float:
     """From 0.85 to 0.95 over 300 steps: while gradients turn fast, a short memory is the better one."""
     return 0.85 + 0.1 * min(step / 300, 1)
-
 def window_blocks(step: int, hp: Hyperparameters) -> int:
     """The attention window in blocks of 128 tokens, from 1 to max_window / 128, linear in the steps."""
     # Half a block below the maximum, so that the longest window is there for some steps and not only after the last.
@@ -665,25 +653,23 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
 
 def shared_facts(hp: Hyperparameters, loaders: tuple[DistributedDataLoader, ...]) -> dict[str, str]:
     """What all processes have to have in common, by names for people. Files may lie elsewhere on each machine."""
-    settings = {f"--{name}": value for name, value in dataclasses.asdict(hp).items() if not name.endswith(("_files", "_dir", "_id"))}
-    shards = {f"tokens in {Path(file).name}": len(shard) for loader in loaders for file, shard in zip(loader.files, loader.shards)}
-    script = dict(script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), torch=torch.__version__)
-    return {name: str(value) for name, value in (settings | shards | script).items()}
-
+    settings = {f"--{name}": str(value) for name, value in dataclasses.asdict(hp).items() if not name.endswith(("_files", "_dir", "_id"))}
+    shards = {f"tokens in {Path(file).name}": str(len(shard)) for loader in loaders for file, shard in zip(loader.files, loader.shards)}
+    return settings | shards | dict(script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), torch=torch.__version__)
 def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str) -> list[str]:
     """Tell the other processes what this one starts from, or why it cannot start, and hear them. Returns the names of their
     machines. Raises UserError, in all processes alike, where one cannot start, is missing, or differs from process 0."""
     host = f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
     store.set(f"start/{rank}", json.dumps([host, failure, facts]))
+    said = []
     try:
-        said = [json.loads(store.get(f"start/{other}")) for other in range(world_size)]
+        while len(said) < world_size:
+            said.append(json.loads(store.get(f"start/{len(said)}")))
     except dist.DistError:
-        missing = [str(other) for other in range(world_size) if not store.check([f"start/{other}"])]
-        raise UserError(f"process {' and '.join(missing)} did not start within --timeout; see what its machine says.") from None
-    for other, (host, failure, _) in enumerate(said):
+        raise UserError(f"process {len(said)} did not start within --timeout; see what its machine says.") from None
+    for other, (host, failure, facts) in enumerate(said):
         if failure:
             raise UserError(failure if all(failure == each for _, each, _ in said) else f"process {other} on {host}: {failure}")
-    for other, (host, _, facts) in enumerate(said):
         for name in said[0][2] | facts:
             if facts.get(name) != (expected := said[0][2].get(name)):
                 raise UserError(f"process {other} on {host} has {name} {facts.get(name)}, and process 0 has {expected}; start all from "
@@ -772,7 +758,7 @@ class GradientReducer:
             self.collect(p.grad)
         elif self.last:
             work = dist.reduce(p.grad, self.owner[p], async_op=True) if p in self.owner else dist.all_reduce(p.grad, async_op=True)
-            self.in_flight.append((work, None, []))
+            self.in_flight.append((work, p.grad, []))
     def collect(self, t: Tensor, full: int = 1 << 20) -> None:
         """Put a small tensor into the bucket of its dtype, and send that off when it has `full` bytes."""
         bucket = self.small.setdefault(t.dtype, [])
@@ -789,8 +775,8 @@ class GradientReducer:
         self.watchdog.place += self.watchdog.place >= 0
         for work, flat, bucket in self.in_flight:
             work.wait()
-            if bucket:
-                torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in bucket]), bucket)])
+            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]) if bucket else ()):
+                t.copy_(part.view_as(t))
         self.in_flight.clear()
 
 # ---------- Log: this script, versions, hardware and settings; then a line for each step and validation
@@ -864,7 +850,6 @@ def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
     fp8 = hp.fp8 if fp8_supported(machine.device) and dtype == torch.bfloat16 else "none"
     return GPT(vocab_size, hp.num_layers, hp.num_heads, hp.head_dim, hp.model_dim, max(hp.train_seq_len, hp.val_seq_len),
                attention_free_layers=hp.attention_free_layers, fp8=fp8, dtype=dtype, train_seq_len=hp.train_seq_len).to(machine.device)
-
 def build_optimizers(model: GPT, hp: Hyperparameters, machine: Machine) -> list[torch.optim.Optimizer]:
     """Adam for the embeddings, the head and single numbers; Muon for the matrices between."""
     embeds = [*model.embed.parameters(), *model.value_embeds.parameters()]
@@ -878,7 +863,6 @@ def build_optimizers(model: GPT, hp: Hyperparameters, machine: Machine) -> list[
     for group in adam.param_groups + muon.param_groups:
         group["initial_lr"] = group["lr"]
     return [adam, muon]
-
 def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters, machine: Machine) -> Tensor:
     """Give the optimizers a step's learning rates and momentum. Returns its window in blocks, 0-d int32 on the device: a
     tensor, so that a longer window is no new compilation."""
@@ -887,7 +871,6 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperpa
         if "momentum" in group:
             group["momentum"] = muon_momentum(step)
     return torch.tensor(window_blocks(step, hp), dtype=torch.int32).to(machine.device, non_blocking=True)
-
 def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, reducer: GradientReducer) -> Tensor:
     """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share. Gradients add up
     over the micro-steps, and are reduced over the processes once, during the last. Returns the step's mean loss, 0-d."""
@@ -904,7 +887,6 @@ def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int
         optimizer.step()
     model.zero_grad(set_to_none=True)
     return loss_sum / seqs_per_step
-
 @torch.no_grad()
 def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: GradientReducer) -> float:
     """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
@@ -917,7 +899,6 @@ def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: Grad
     reducer.finish(total)
     model.train()
     return total.item() / loader.num_tokens
-
 def memory_needed(model: GPT, hp: Hyperparameters, train_seq_len: int) -> float:
     """About how many bytes a GPU needs for micro-steps of train_seq_len tokens: for a weight its gradient, optimizer state and
     copy in the warm-up, for a token its logits and what each layer keeps for the backward pass. 5 bytes a logit and 34 a channel
@@ -925,7 +906,6 @@ def memory_needed(model: GPT, hp: Hyperparameters, train_seq_len: int) -> float:
     adam = sum(p.nbytes for m in (model.embed, model.value_embeds, model.lm_head) for p in m.parameters())
     per_token = 5 * model.lm_head.weight.size(0) + 34 * hp.model_dim * hp.num_layers
     return 5 * adam + 4 * sum(p.nbytes for p in model.blocks.parameters()) + per_token * train_seq_len
-
 def out_of_memory(model: GPT, hp: Hyperparameters, machine: Machine, total: int) -> UserError:
     """The sentence for a GPU of `total` bytes that is too small, with flags that would fit: the same tokens in smaller parts."""
     advice = "no --train_seq_len would fit, so train a smaller model or use a larger card"
@@ -936,7 +916,6 @@ def out_of_memory(model: GPT, hp: Hyperparameters, machine: Machine, total: int)
     needed = memory_needed(model, hp, hp.train_seq_len) / 2**30
     return UserError(f"out of memory: --train_seq_len {hp.train_seq_len} needs about {needed:.1f} GiB, and {machine.name} has "
                      f"{total / 2**30:.1f}, some of it perhaps taken by others; {advice}.")
-
 def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, reducer: GradientReducer) -> None:
     """Compile and run every kernel on made-up tokens, then put weights, optimizers and random state back as they were."""
     before, device = copy.deepcopy([module.state_dict() for module in (model, *optimizers)]), reducer.machine.device
@@ -951,7 +930,6 @@ def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, reducer: Gr
         model.train()
     for module, state in zip((model, *optimizers), before):
         module.load_state_dict(state)
-
 @torch.no_grad()
 def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
     """Draw one document from the model, num_tokens at most, and decode it: bytes directly, GPT-2's tokens by tiktoken where
@@ -973,7 +951,6 @@ def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
         return tiktoken.get_encoding("gpt2").decode(tokens)
     except Exception as error:  # not there, or its vocabulary cannot be fetched: at this point no reason to fail
         return f"(as numbers, for want of tiktoken: {error}) {' '.join(map(str, tokens))}"
-
 def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperparameters, machine: Machine) -> None:
     """The closing lines: tokens per second and MFU, passes over the tokens, peak memory."""
     rate, mfu = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len / log.milliseconds() * 1000, ""
@@ -987,7 +964,6 @@ def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperpara
     log.line(f"tokens per second: {rate:.0f}{mfu}")
     log.line(f"passes over the training tokens: {loader.position * loader.seq_len / loader.total:.2f}")
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*machine.peak_memory()))
-
 def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
     """The network as the machine runs it fastest. On one GPU it is a single graph; on several it is compiled in parts, since
     gradients are ready where a compiled backward pass ends, and shall travel while the next part's computes."""
@@ -1001,7 +977,6 @@ def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
         part.compile(dynamic=False, fullgraph=True)
     network.loss = torch.compile(network.loss, dynamic=False, fullgraph=True)
     return network
-
 def prepare(argv: list[str] | None) -> tuple:
     """Settings, preset, machine and loaders: all that can be wrong with one process alone. Raises UserError."""
     hp, preset = parse_arguments(argv)
@@ -1018,7 +993,6 @@ def prepare(argv: list[str] | None) -> tuple:
         train_loader.check_tokens()
         val_loader.check_tokens()
     return hp, preset, machine, train_loader, val_loader
-
 def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader: DistributedDataLoader,
           val_loader: DistributedDataLoader, watchdog: Watchdog | None) -> None:
     """The whole run: build, warm up, train and validate, report."""
@@ -1053,7 +1027,6 @@ def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader: Dist
                 log.line("sample: " + sample(network, hp.sample, window, hp.seed))
     finally:
         log.close()
-
 def main(argv: list[str] | None = None) -> int:
     """Run with the flags in `argv` (default: the command line's). Returns the exit code: 2 for what the user can mend."""
     rank, local_rank, world_size = process_place()
