@@ -13,6 +13,7 @@ Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, se
 import argparse
 import bisect
 import copy
+import ctypes
 import dataclasses
 import functools
 import glob
@@ -69,6 +70,10 @@ class Machine:
             info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
             model = re.search(r"model name\s*: (.*)", info)
             name = f"CPU, {model[1] if model else platform.machine()}, {torch.get_num_threads()} threads a process"
+            # Keep freed memory: fresh pages cost more than most of what is computed in them. glibc has this function alone.
+            if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
+                for option in (-1, -2, -3):  # threshold of trimming, padding of the heap, threshold of mmap, in bytes
+                    mallopt(option, 1 << 28)
             # A CPU without bfloat16 instructions imitates them, at a fraction of float32's speed.
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
@@ -267,37 +272,36 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | N
         listed, masked = slot < partial + full, slot < partial
         column = torch.where(masked, slot, partial_index.size(1) + slot - partial).where(listed, 0)
         blocks = torch.cat([partial_index, full_index], dim=1).gather(1, column).where(listed, 0)
-        token = torch.arange(len(partial) * BLOCK, device=partial.device).view(-1, BLOCK)
-        zero = token.new_zeros(())
-        allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None]) | ~masked[:, None, :, None]
-        allowed = (allowed & listed[:, None, :, None]).expand(-1, BLOCK, -1, BLOCK).flatten(2)
+        token = torch.arange(len(partial) * BLOCK, device=partial.device, dtype=torch.int32).view(-1, BLOCK)
+        some, zero = int(partial.max()), token.new_zeros(())
+        allowed = listed[:, None, :, None].repeat(1, BLOCK, 1, BLOCK)
+        allowed[:, :, :some] &= (block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks[:, :some]][:, None])
+                                 | ~masked[:, None, :some, None])  # the mask inside is for partial blocks alone
+        allowed = allowed.flatten(2)
         sees = allowed.any(-1, keepdim=True)
-        bias = torch.zeros(allowed.shape, device=token.device).masked_fill_(~allowed & sees, float("-inf"))
+        bias = torch.where(allowed | ~sees, 0.0, float("-inf"))
         block_mask.plan = blocks, bias, None if sees.all() else sees.view(-1, 1)
     return block_mask.plan
 
 class BlockSparseAttention(torch.autograd.Function):
-    """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks and bias as in the plan. Scores and their
-    gradients are float32, as in FlexAttention; the other three products take the inputs' dtype."""
+    """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks and bias as in the plan. The softmax is
+    float32, as in FlexAttention; the five products take the inputs' dtype."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bias: Tensor, scale: float) -> Tensor:
         H, T, D = q.shape
         q = q.reshape(H, -1, BLOCK, D)
         k, v = (t.reshape(H, len(blocks), -1).index_select(1, blocks.flatten()).view(H, len(blocks), -1, D) for t in (k, v))
-        p = torch.softmax((q.float() @ k.float().mT).mul_(scale).add_(bias), dim=-1).to(v.dtype)
-        out = p @ v
-        ctx.save_for_backward(q, k, v, p, out, blocks)
+        p = torch.softmax(torch.add(bias, q @ k.mT, alpha=scale), dim=-1).to(v.dtype)
+        ctx.save_for_backward(q, k, v, p, blocks)
         ctx.scale = scale
-        return out.view(H, T, D)
+        return (p @ v).view(H, T, D)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, p, out, blocks = ctx.saved_tensors
+        q, k, v, p, blocks = ctx.saved_tensors
         grad = grad.reshape(q.shape)
-        # The softmax's gradient is ds = p (dp - sum(p dp)), and that sum is the product of the output with its gradient.
-        expected = (grad.float() * out.float()).sum(-1, keepdim=True)
-        ds = (grad.float() @ v.float().mT).sub_(expected).mul_(p).mul_(ctx.scale).to(q.dtype)
+        ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype).mul_(ctx.scale)
 
         def to_keys(t: Tensor) -> Tensor:  # a key block adds up what came from every query block that saw it
             total = t.new_zeros(len(q), len(blocks), t[0, 0].numel() // blocks.size(1))
@@ -364,16 +368,16 @@ class Rotary(nn.Module):
             raise ValueError(f"head_dim must be a multiple of 4 for rotary positions, got {head_dim}")
         frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, head_dim // 4), torch.zeros(head_dim // 4)])
         angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # radians
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (max_seq_len, head_dim / 2)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (max_seq_len, head_dim)
+        self.register_buffer("sin", torch.cat([angle.sin(), -angle.sin()], dim=1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
         if x.size(1) > self.cos.size(0):
             raise ValueError(f"a sequence of {x.size(1)} tokens is longer than max_seq_len, {self.cos.size(0)}")
-        cos, sin = self.cos[:x.size(1), None], self.sin[:x.size(1), None]
-        x1, x2 = x.float().chunk(2, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
+        wide = x.transpose(1, 2).float()  # the other half of the channels comes in the place of each, for few and whole passes
+        return torch.addcmul(wide * cos, wide.roll(wide.size(-1) // 2, -1), sin).transpose(1, 2).type_as(x)
 
 class CausalSelfAttention(nn.Module):
     """Attention of one sequence, with normalised queries and keys, and a token's value embedding mixed into its value."""
@@ -390,12 +394,14 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, block_mask: BlockMask) -> Tensor:
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim).chunk(3, dim=2)
-        q, k = self.rotary(norm(q)), self.rotary(norm(k))
-        v = self.lambdas[0] * v
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2).contiguous()  # heads first, for all that follows
+        qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
+        q, k = self.rotary(norm(qk).transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
+        own, of_token = self.lambdas.unbind()
+        v = own * v
         if ve is not None:
-            v = v + self.lambdas[1] * ve.view_as(v)
-        y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, self.scale)
+            v = v + of_token * ve.view(*x.shape[:2], *v.shape[1::2]).transpose(1, 2)
+        y = attention(q, k, v, block_mask, self.scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
@@ -420,7 +426,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, x0: Tensor, block_mask: BlockMask) -> Tensor:
         """x and x0 (1, T, dim), ve as for attention; returns the shape and dtype of x."""
-        x = self.lambdas[0] * x + self.lambdas[1] * x0
+        own, of_input = self.lambdas.unbind()
+        x = own * x + of_input * x0
         if self.attn is not None:
             x = x + self.attn(norm(x), ve, block_mask)
         return x + self.mlp(norm(x))
