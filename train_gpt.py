@@ -4,7 +4,7 @@ The recipe that took 8 H100 GPUs just under three minutes in January 2025, in on
 itself, and that runs unchanged on eight GPUs, on one, or on a CPU:
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py         the speedrun
-    python train_gpt.py --preset tiny                             a small model, in two minutes on two CPU cores
+    python train_gpt.py --preset tiny                             a small model, in a minute on two CPU cores
 
 What has been seen, on which hardware, with which log: the results table of README.md.
 Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, log, run.
@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +71,9 @@ class Machine:
             info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
             model = re.search(r"model name\s*: (.*)", info)
             name = f"CPU, {model[1] if model else platform.machine()}, {torch.get_num_threads()} threads a process"
-            # Keep freed memory: fresh pages cost more than most of what is computed in them. glibc has this function alone.
-            if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-                for option in (-1, -2, -3):  # threshold of trimming, padding of the heap, threshold of mmap, in bytes
-                    mallopt(option, 1 << 28)
+            if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's: keep freed memory,
+                for option in (-1, -2, -3):  # by the thresholds of trimming and mmap, and the padding; for
+                    mallopt(option, 1 << 28)  # fresh pages cost more than most of what is computed in them
             # A CPU without bfloat16 instructions imitates them, at a fraction of float32's speed.
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
@@ -99,6 +99,12 @@ class Machine:
     def peak_flops(self) -> float:
         """The GPU's bfloat16 FLOP/s by its data sheet; 0 where the table does not know it."""
         return next((flops for name, flops in BF16_PEAK_FLOPS.items() if re.search(rf"\b{name}\b", self.name)), 0.0)
+
+    @functools.cached_property
+    def map(self):
+        """`map`; on a CPU two at a time, each on half of the cores: small tensors gain more from that than from all."""
+        half = 0 if self.is_gpu else torch.get_num_threads() // 2
+        return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(half,)).map if half else map
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -272,21 +278,17 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | N
         listed, masked = slot < partial + full, slot < partial
         column = torch.where(masked, slot, partial_index.size(1) + slot - partial).where(listed, 0)
         blocks = torch.cat([partial_index, full_index], dim=1).gather(1, column).where(listed, 0)
-        token = torch.arange(len(partial) * BLOCK, device=partial.device, dtype=torch.int32).view(-1, BLOCK)
-        some, zero = int(partial.max()), token.new_zeros(())
-        allowed = listed[:, None, :, None].repeat(1, BLOCK, 1, BLOCK)
-        allowed[:, :, :some] &= (block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks[:, :some]][:, None])
-                                 | ~masked[:, None, :some, None])  # the mask inside is for partial blocks alone
-        allowed = allowed.flatten(2)
+        token = torch.arange(len(partial) * BLOCK, dtype=torch.int32, device=partial.device).view(-1, BLOCK)
+        zero = token.new_zeros(())
+        allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None]) | ~masked[:, None, :, None]
+        allowed = (allowed & listed[:, None, :, None]).expand(-1, BLOCK, -1, BLOCK).flatten(2)
         sees = allowed.any(-1, keepdim=True)
-        bias = torch.where(allowed | ~sees, 0.0, float("-inf"))
+        bias = torch.zeros(allowed.shape, device=token.device).masked_fill_(~allowed & sees, float("-inf"))
         block_mask.plan = blocks, bias, None if sees.all() else sees.view(-1, 1)
     return block_mask.plan
 
 class BlockSparseAttention(torch.autograd.Function):
-    """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks and bias as in the plan. The softmax is
-    float32, as in FlexAttention; the five products take the inputs' dtype."""
-
+    """Softmax attention over listed blocks, in float32 between products in the inputs' dtype: q, k, v (heads, T, head_dim)."""
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bias: Tensor, scale: float) -> Tensor:
         H, T, D = q.shape
@@ -304,16 +306,14 @@ class BlockSparseAttention(torch.autograd.Function):
         ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype).mul_(ctx.scale)
 
         def to_keys(t: Tensor) -> Tensor:  # a key block adds up what came from every query block that saw it
-            total = t.new_zeros(len(q), len(blocks), t[0, 0].numel() // blocks.size(1))
-            return total.index_add_(1, blocks.flatten(), t.view(len(q), blocks.numel(), -1)).view(len(q), -1, q.size(-1))
-
+            t = t.view(len(q), blocks.numel(), -1)
+            return torch.zeros_like(t[:, :len(blocks)]).index_add_(1, blocks.flatten(), t).view(len(q), -1, q.size(-1))
         return (ds @ k).flatten(1, 2), to_keys(ds.mT @ q), to_keys(p.mT @ grad), None, None, None
 
 @torch.compiler.disable
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
     """What `flex_attention` returns for the same arguments, with a backward pass on every device. q, k, v and the result are
-    (1, heads, T, head_dim); block_mask is the same for all heads, in blocks of 128. Only listed blocks are touched, so the
-    cost grows with T * window. A query that sees nothing gets zeros."""
+    (1, heads, T, head_dim). Only listed blocks are touched, so the cost grows with T * window; who sees nothing gets zeros."""
     blocks, bias, sees = block_sparse_plan(block_mask)
     out = BlockSparseAttention.apply(q[0], k[0], v[0], blocks, bias, scale)
     return (out if sees is None else out * sees)[None]
@@ -375,9 +375,8 @@ class Rotary(nn.Module):
         """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
         if x.size(1) > self.cos.size(0):
             raise ValueError(f"a sequence of {x.size(1)} tokens is longer than max_seq_len, {self.cos.size(0)}")
-        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
-        wide = x.transpose(1, 2).float()  # the other half of the channels comes in the place of each, for few and whole passes
-        return torch.addcmul(wide * cos, wide.roll(wide.size(-1) // 2, -1), sin).transpose(1, 2).type_as(x)
+        cos, sin, x32 = self.cos[:x.size(1)], self.sin[:x.size(1)], x.transpose(1, 2).float()
+        return torch.addcmul(x32 * cos, x32.roll(x32.size(-1) // 2, -1), sin).transpose(1, 2).type_as(x)
 
 class CausalSelfAttention(nn.Module):
     """Attention of one sequence, with normalised queries and keys, and a token's value embedding mixed into its value."""
@@ -386,7 +385,7 @@ class CausalSelfAttention(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.qkv = CastedLinear(dim, 3 * num_heads * head_dim, **fp8)
         # One matmul, but three matrices for Muon, which has to orthogonalise each by itself.
-        self.qkv.weight = nn.Parameter(self.qkv.weight.detach().view(3, num_heads * head_dim, dim))
+        self.qkv.weight = nn.Parameter(self.qkv.weight.detach().view(3, -1, dim))
         self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.rotary = Rotary(head_dim, max_seq_len)
         self.c_proj = CastedLinear(num_heads * head_dim, dim, **fp8).zeroed()
@@ -394,13 +393,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, block_mask: BlockMask) -> Tensor:
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2).contiguous()  # heads first, for all that follows
+        qkv = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim).transpose(1, 2).contiguous()  # heads first
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
         q, k = self.rotary(norm(qk).transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
-        own, of_token = self.lambdas.unbind()
-        v = own * v
+        v = self.lambdas[0] * v
         if ve is not None:
-            v = v + of_token * ve.view(*x.shape[:2], *v.shape[1::2]).transpose(1, 2)
+            v = v + self.lambdas[1] * ve.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
         y = attention(q, k, v, block_mask, self.scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
@@ -426,8 +424,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, x0: Tensor, block_mask: BlockMask) -> Tensor:
         """x and x0 (1, T, dim), ve as for attention; returns the shape and dtype of x."""
-        own, of_input = self.lambdas.unbind()
-        x = own * x + of_input * x0
+        x = self.lambdas[0] * x + self.lambdas[1] * x0
         if self.attn is not None:
             x = x + self.attn(norm(x), ve, block_mask)
         return x + self.mlp(norm(x))
@@ -661,11 +658,11 @@ PRESETS = {
     "medium": dict(  # 350M by the same count, the shape of GPT-2 Medium, to 2.92
         num_layers=24, num_heads=8, model_dim=1024, train_seq_len=64 * 1024, num_iterations=6000, cooldown_frac=0.6,
         embed_lr=0.3, head_lr=0.004, scalar_lr=0.02, muon_lr=0.025),
-    "tiny": dict(  # 1.3M, for two minutes on two CPU cores, and the shards of data/local_text.py
+    "tiny": dict(  # 0.85M, for a minute on two CPU cores, and the shards of data/local_text.py
         train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536, repeat=True,
-        train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=128,
-        attention_free_layers=(4,), num_iterations=600, cooldown_frac=0.7, max_window=512, embed_lr=0.3, head_lr=0.004,
-        scalar_lr=0.02, muon_lr=0.025, val_loss_every=100, sample=400),
+        train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=96,
+        attention_free_layers=(4,), num_iterations=600, cooldown_frac=0.7, max_window=256, embed_lr=0.15, head_lr=0.004,
+        scalar_lr=0.02, muon_lr=0.035, val_loss_every=100, sample=200),
 }
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:
@@ -831,11 +828,12 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperpa
 def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, machine: Machine) -> Tensor:
     """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share. Gradients add up
     over the micro-steps, and are reduced over the processes once. Returns the step's mean loss, 0-d."""
-    loss_sum = torch.zeros((), device=machine.device)
-    for inputs, targets in batches:
-        loss = model(inputs, targets, window)
+    def micro_step(batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = model(*batch, window)
         loss.backward()
-        loss_sum += loss.detach()
+        return loss.detach()
+
+    loss_sum = sum(machine.map(micro_step, batches))
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if machine.world_size > 1:
         for work in [dist.all_reduce(t, async_op=True) for t in (loss_sum, *grads)]:
