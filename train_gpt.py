@@ -4,14 +4,15 @@ The recipe that took 8 H100 GPUs just under three minutes in January 2025, in on
 itself, and that runs unchanged on any number of GPUs, on one, or on a CPU:
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py         the speedrun
-    python train_gpt.py --preset tiny                             a small model, on two CPU cores
+    python train_gpt.py --preset tiny                             a small model, in a minute on two CPU cores
 
 What has been seen, on which hardware, with which log: the results table of README.md.
 Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, processes, log, run.
 """
 
-import argparse, bisect, contextlib, copy, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform, re, select
-import signal, subprocess, sys, threading, time
+import argparse, bisect, contextlib, copy, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
+import re, select, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,6 @@ def fp8_supported(device: torch.device) -> bool:
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """What this process runs on, and as which of how many processes."""
-
     device: torch.device
     name: str  # of the GPU or the CPU
     dtype: torch.dtype  # of the activations, when the settings leave it to the machine: the faster one
@@ -57,6 +57,9 @@ class Machine:
         if not torch.cuda.is_available():
             model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "")
             name = f"CPU, {model[1] if model else platform.machine()}, {torch.get_num_threads()} threads a process"
+            if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's: keep freed memory,
+                for option in (-1, -2, -3):  # by the thresholds of trimming and mmap, and the padding; for
+                    mallopt(option, 1 << 28)  # fresh pages cost more than most of what is computed in them
             # A CPU without bfloat16 instructions imitates them, at a fraction of float32's speed.
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
@@ -68,8 +71,8 @@ class Machine:
         torch.empty(1, device=device)  # makes the CUDA context on this card, and on no other
         name = torch.cuda.get_device_name(device)
         if torch.cuda.get_device_capability(device) < (8, 0):
-            raise UserError(f"{name} has no bfloat16 (compute capability below 8.0); use an Ampere or newer GPU, or train "
-                            "--preset tiny on the CPU, hiding the card with CUDA_VISIBLE_DEVICES=''.")
+            raise UserError(f"{name} has no bfloat16 (compute capability below 8.0); use an Ampere or newer GPU, or hide it with "
+                            "CUDA_VISIBLE_DEVICES='' and train --preset tiny on the CPU.")
         return cls(device, name, torch.bfloat16, *place)
     @property
     def is_gpu(self) -> bool:
@@ -79,6 +82,11 @@ class Machine:
     def peak_flops(self) -> float:
         """The GPU's bfloat16 FLOP/s by its data sheet; 0 where the table does not know it."""
         return next((flops for name, flops in BF16_PEAK_FLOPS.items() if re.search(rf"\b{name}\b", self.name)), 0.0)
+    @functools.cached_property
+    def map(self):
+        """`map`; on a CPU two at a time, each on half of the cores: small tensors gain more from that than from all."""
+        half = 0 if self.is_gpu or self.world_size > 1 else torch.get_num_threads() // 2
+        return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(half,)).map if half else map
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if self.is_gpu:
@@ -184,11 +192,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
-        before = None
+        travelling = []  # the group before, whose updates are on their way while the next one's are computed
         for group in [*self.param_groups, None]:
-            arrived, before = before, group and (group, *self.orthogonal_updates(group))
-            if arrived:  # the group before, whose updates were on their way while this one was computed
-                self.apply(*arrived)
+            arriving, travelling = travelling, [(group["params"], group["lr"], *self.orthogonal_updates(group))] if group else []
+            for params, lr, updates, work in arriving:
+                if work:
+                    work.wait()
+                tall = max(1, updates.size(-2) / updates.size(-1)) ** 0.5
+                for p, update in zip(params, updates):
+                    p.add_(update, alpha=-lr * getattr(p, "lr_mul", 1.0) * tall)
     def orthogonal_updates(self, group: dict) -> tuple:
         """Advance the momentum of this process's share of a group, and gather what all processes make of theirs: the
         updates (n, *shape), zero-padded at the end, and what to wait for before they are read."""
@@ -204,13 +216,6 @@ class Muon(torch.optim.Optimizer):
             return updates, None
         gathered = updates.new_empty(group["share"] * self.world_size, *shape)
         return gathered, all_gather(gathered, updates, async_op=True)
-    def apply(self, group: dict, updates: Tensor, work) -> None:
-        """Take a group's step, once its updates have arrived."""
-        if work:
-            work.wait()
-        rows, cols = updates.shape[-2:]
-        for p, update in zip(group["params"], updates):
-            p.add_(update, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * max(1, rows / cols) ** 0.5)
 
 # ---------- Attention: FlexAttention's kernel on a GPU; on a CPU, where that has no backward pass, one for the same BlockMask
 
@@ -229,7 +234,7 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | N
         listed, masked = slot < partial + full, slot < partial
         column = torch.where(masked, slot, partial_index.size(1) + slot - partial).where(listed, 0)
         blocks = torch.cat([partial_index, full_index], dim=1).gather(1, column).where(listed, 0)
-        token = torch.arange(len(partial) * BLOCK, device=partial.device).view(-1, BLOCK)
+        token = torch.arange(len(partial) * BLOCK, dtype=torch.int32, device=partial.device).view(-1, BLOCK)
         zero = token.new_zeros(())
         allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None]) | ~masked[:, None, :, None]
         allowed = (allowed & listed[:, None, :, None]).expand(-1, BLOCK, -1, BLOCK).flatten(2)
@@ -239,37 +244,30 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | N
     return block_mask.plan
 
 class BlockSparseAttention(torch.autograd.Function):
-    """Softmax attention over listed blocks: q, k, v (heads, T, head_dim), blocks and bias as in the plan. Scores and their
-    gradients are float32, as in FlexAttention; the other three products take the inputs' dtype."""
+    """Softmax attention over listed blocks, in float32 between products in the inputs' dtype: q, k, v (heads, T, head_dim)."""
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bias: Tensor, scale: float) -> Tensor:
         H, T, D = q.shape
         q = q.reshape(H, -1, BLOCK, D)
         k, v = (t.reshape(H, len(blocks), -1).index_select(1, blocks.flatten()).view(H, len(blocks), -1, D) for t in (k, v))
-        p = torch.softmax((q.float() @ k.float().mT).mul_(scale).add_(bias), dim=-1).to(v.dtype)
-        out = p @ v
-        ctx.save_for_backward(q, k, v, p, out, blocks)
+        p = torch.softmax(torch.add(bias, q @ k.mT, alpha=scale), dim=-1).to(v.dtype)
+        ctx.save_for_backward(q, k, v, p, blocks)
         ctx.scale = scale
-        return out.view(H, T, D)
+        return (p @ v).view(H, T, D)
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, p, out, blocks = ctx.saved_tensors
+        q, k, v, p, blocks = ctx.saved_tensors
         grad = grad.reshape(q.shape)
-        # The softmax's gradient is ds = p (dp - sum(p dp)), and that sum is the product of the output with its gradient.
-        expected = (grad.float() * out.float()).sum(-1, keepdim=True)
-        ds = (grad.float() @ v.float().mT).sub_(expected).mul_(p).mul_(ctx.scale).to(q.dtype)
-
+        ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype).mul_(ctx.scale)
         def to_keys(t: Tensor) -> Tensor:  # a key block adds up what came from every query block that saw it
-            total = t.new_zeros(len(q), len(blocks), t[0, 0].numel() // blocks.size(1))
-            return total.index_add_(1, blocks.flatten(), t.view(len(q), blocks.numel(), -1)).view(len(q), -1, q.size(-1))
-
+            t = t.view(len(q), blocks.numel(), -1)
+            return torch.zeros_like(t[:, :len(blocks)]).index_add_(1, blocks.flatten(), t).view(len(q), -1, q.size(-1))
         return (ds @ k).flatten(1, 2), to_keys(ds.mT @ q), to_keys(p.mT @ grad), None, None, None
 
 @torch.compiler.disable
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
     """What `flex_attention` returns for the same arguments, with a backward pass on every device. q, k, v and the result are
-    (1, heads, T, head_dim); block_mask is the same for all heads, in blocks of 128. Only listed blocks are touched, so the
-    cost grows with T * window. A query that sees nothing gets zeros."""
+    (1, heads, T, head_dim). Only listed blocks are touched, so the cost grows with T * window; who sees nothing gets zeros."""
     blocks, bias, sees = block_sparse_plan(block_mask)
     out = BlockSparseAttention.apply(q[0], k[0], v[0], blocks, bias, scale)
     return (out if sees is None else out * sees)[None]
@@ -312,23 +310,21 @@ class CastedLinear(nn.Module):
         return F.linear(x, weight.type_as(x))
 
 class Rotary(nn.Module):
-    """Rotary positions, "RoFormer" (Su et al., 2021), for half of the channels; the others turn by nothing, and so
-    compare contents alone."""
+    """Rotary positions, "RoFormer" (Su et al., 2021), for half of the channels; the others do not turn, and compare contents."""
     def __init__(self, head_dim: int, max_seq_len: int):
         super().__init__()
         if head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4 for rotary positions, got {head_dim}")
         frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, head_dim // 4), torch.zeros(head_dim // 4)])
         angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # radians
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (max_seq_len, head_dim / 2)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (max_seq_len, head_dim)
+        self.register_buffer("sin", torch.cat([angle.sin(), -angle.sin()], dim=1), persistent=False)
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
         if x.size(1) > self.cos.size(0):
             raise ValueError(f"a sequence of {x.size(1)} tokens is longer than max_seq_len, {self.cos.size(0)}")
-        cos, sin = self.cos[:x.size(1), None], self.sin[:x.size(1), None]
-        x1, x2 = x.float().chunk(2, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+        cos, sin, x32 = self.cos[:x.size(1)], self.sin[:x.size(1)], x.transpose(1, 2).float()
+        return torch.addcmul(x32 * cos, x32.roll(x32.size(-1) // 2, -1), sin).transpose(1, 2).type_as(x)
 
 class CausalSelfAttention(nn.Module):
     """Attention of one sequence, with normalised queries and keys, and a token's value embedding mixed into its value."""
@@ -337,20 +333,20 @@ class CausalSelfAttention(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.qkv = CastedLinear(dim, 3 * num_heads * head_dim, **fp8)
         # One matmul, but three matrices for Muon, which has to orthogonalise each by itself.
-        self.qkv.weight = nn.Parameter(self.qkv.weight.detach().view(3, num_heads * head_dim, dim))
+        self.qkv.weight = nn.Parameter(self.qkv.weight.detach().view(3, -1, dim))
         self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.rotary = Rotary(head_dim, max_seq_len)
         self.c_proj = CastedLinear(num_heads * head_dim, dim, **fp8).zeroed()
         self.scale = 0.12  # for unit-RMS q and k of 128 channels a bit sharper than the usual 1/sqrt(128) = 0.088
     def forward(self, x: Tensor, ve: Tensor | None, block_mask: BlockMask) -> Tensor:
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim).chunk(3, dim=2)
-        q, k = self.rotary(norm(q)), self.rotary(norm(k))
+        qkv = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim).transpose(1, 2).contiguous()  # heads first
+        qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=1)
+        q, k = self.rotary(norm(qk).transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
         v = self.lambdas[0] * v
         if ve is not None:
-            v = v + self.lambdas[1] * ve.view_as(v)
-        y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, self.scale)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+            v = v + self.lambdas[1] * ve.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return self.c_proj(attention(q, k, v, block_mask, self.scale).transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
     """Four times as wide inside, with a squared ReLU: "Primer" (So et al., 2021)."""
@@ -395,14 +391,11 @@ class GPT(nn.Module):
     """The network, for one sequence at a time, which holds any number of documents. The first half of the layers pushes what
     it puts out, the second half pops it and mixes it in by a learnable weight, as in "U-Net" (Ronneberger et al., 2015);
     an odd layer in the middle does neither.
-
     vocab_size: of the tokens, the last of which begins a document. max_seq_len: tokens of the longest sequence.
-    attention_free_layers: layers that are an MLP alone.
-    fp8: matmuls in FP8 where the hardware can: "none", "head", or "all", which adds the hidden ones.
-    dtype: of the embeddings, from which the activations take theirs; all other weights are float32.
-    train_seq_len: tokens of a micro-step (None: max_seq_len). The loss is their mean, so its gradients shrink as they
-        grow in number, and FP8 has to scale them up by as much.
-    """
+    attention_free_layers: layers that are an MLP alone. fp8: matmuls in FP8, where the hardware can: "none", "head", or "all",
+    which adds the hidden ones. dtype: of the embeddings, from which the activations take theirs; all other weights are float32.
+    train_seq_len: tokens of a micro-step (None: max_seq_len). The loss is their mean, so its gradients shrink as they grow in
+    number, and FP8 has to scale them up by as much."""
     def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, max_seq_len: int, *,
                  attention_free_layers: tuple[int, ...] = (7,), fp8: str = "head", dtype: torch.dtype = torch.bfloat16,
                  train_seq_len: int | None = None):
@@ -418,13 +411,11 @@ class GPT(nn.Module):
         self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128), use_fp8=fp8 != "none",
                                     x_s=2.0, w_s=512.0, grad_s=grad_s).zeroed()
     def create_block_masks(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> tuple[BlockMask, BlockMask]:
-        """The long and the short mask: causal, within documents, within a window of blocks.
-
-        input_seq: ids (T,), T a multiple of 128. sliding_window_num_blocks: W, 0-d int32. Query block i sees the key
-        blocks i - W < j <= i (the short mask: with max(1, W // 2) for W), and in them token q sees k when k <= q and both
-        are of one document. Only block indices and the blocks' first and last tokens are looked at, all on the device.
-        Full blocks, which need no mask inside, are listed apart from partial ones; the nearest come first.
-        """
+        """The long and the short mask: causal, within documents, within a window of blocks. input_seq: ids (T,), T a multiple
+        of 128. sliding_window_num_blocks: W, 0-d int32. Query block i sees the key blocks i - W < j <= i (the short mask: with
+        max(1, W // 2) for W), and in them token q sees k when k <= q and both are of one document. Only block indices and the
+        blocks' first and last tokens are looked at, all on the device. Full blocks, which need no mask inside, are listed apart
+        from partial ones; the nearest come first."""
         if input_seq.ndim != 1 or input_seq.numel() % BLOCK:
             raise ValueError(f"input_seq must be (T,) with T a multiple of {BLOCK}, got {tuple(input_seq.shape)}")
         document = (input_seq == self.vocab_size - 1).cumsum(0)
@@ -437,16 +428,13 @@ class GPT(nn.Module):
 
         def causal_in_document(b, h, q, k):
             return (k <= q) & (document[q] == document[k])
-
         def nearest_first(listed: Tensor) -> tuple[Tensor, Tensor]:
             order = torch.where(listed, j + 1, 0).argsort(dim=-1, descending=True).int()
             return listed.sum(-1, dtype=torch.int32)[None, None], order[None, None]
-
         def within(window: Tensor) -> BlockMask:
             near = j > i - window
             return BlockMask.from_kv_blocks(*nearest_first(shared & ~full & near), *nearest_first(full & near),
                                             BLOCK_SIZE=BLOCK, mask_mod=causal_in_document)
-
         return within(sliding_window_num_blocks), within((sliding_window_num_blocks // 2).clamp(min=1))
     def hidden(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> Tensor:
         """What the head reads: ids (T,) to (T, model_dim), normalised."""
@@ -490,8 +478,7 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
                         f"[{SHARD_MAGIC}, {SHARD_VERSION}]; make it again, or let --train_files and --val_files leave it out.")
     num_tokens, vocab_size = int(header[2]), int(header[3]) or GPT2_VOCAB  # the public shards leave the vocabulary at 0
     if num_tokens < 1 or size != 4 * HEADER_INTS + 2 * num_tokens:
-        raise UserError(f"{path} is damaged: its header promises {num_tokens} tokens of 2 bytes, and {size - 4 * HEADER_INTS} bytes follow; "
-                        "fetch or make it again.")
+        raise UserError(f"{path} is damaged: its header promises {num_tokens} tokens, and {size - 4 * HEADER_INTS} bytes follow; make it again.")
     if not 2 <= vocab_size <= 1 << 16:
         raise UserError(f"{path} is damaged: its header has a vocabulary of {vocab_size}, which 16-bit tokens cannot; make it again.")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,)), vocab_size
@@ -526,8 +513,7 @@ class DistributedDataLoader:
             tokens = shard[:max(0, self.num_tokens + 1 - start)]
             if tokens.max(initial=0) >= self.vocab_size:
                 at = int(np.argmax(tokens >= self.vocab_size))
-                raise UserError(f"{path} has token {tokens[at]} at position {at}, beyond its vocabulary of {self.vocab_size}; "
-                                "fetch or make it again.")
+                raise UserError(f"{path} has token {tokens[at]} at position {at}, and a vocabulary of {self.vocab_size}; make it again.")
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens, uint16, from position `start` of the shards' endless repetition."""
         pieces = []
@@ -559,7 +545,6 @@ def setting(default, meaning: str, **limits):
 @dataclasses.dataclass
 class Hyperparameters:
     """All that a run depends on besides the machine. The defaults are the speedrun."""
-
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, a glob")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, a glob")
     val_tokens: int = setting(10485760, "tokens to validate on; 0 for all that there are", least=0)
@@ -594,11 +579,11 @@ PRESETS = {
     "medium": dict(  # 350M by the same count, the shape of GPT-2 Medium, to 2.92
         num_layers=24, num_heads=8, model_dim=1024, train_seq_len=64 * 1024, num_iterations=6000, cooldown_frac=0.6,
         embed_lr=0.3, head_lr=0.004, scalar_lr=0.02, muon_lr=0.025),
-    "tiny": dict(  # 1.3M, for two minutes on two CPU cores, and the shards of data/local_text.py
+    "tiny": dict(  # 0.85M, for a minute on two CPU cores, and the shards of data/local_text.py
         train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536, repeat=True,
-        train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=128,
-        attention_free_layers=(4,), num_iterations=600, cooldown_frac=0.7, max_window=512, embed_lr=0.3, head_lr=0.004,
-        scalar_lr=0.02, muon_lr=0.025, val_loss_every=100, sample=400)}
+        train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=96,
+        attention_free_layers=(4,), num_iterations=600, cooldown_frac=0.7, max_window=256, embed_lr=0.15, head_lr=0.004,
+        scalar_lr=0.02, muon_lr=0.035, val_loss_every=100, sample=200)}
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:
     """The settings that a command line asks for, and its preset. Raises UserError at what it does not know."""
@@ -608,7 +593,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
         return () if text == "none" else tuple(map(int, text.split(",")))
     def refuse(message: str):
         raise UserError(f"{message}; --help lists all flags and presets.")
-
     parser = argparse.ArgumentParser(prog="train_gpt.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # argparse's own would print the usage, and exit
@@ -636,8 +620,8 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     if not set(hp.attention_free_layers) <= set(range(hp.num_layers)):
         raise UserError(f"--attention_free_layers is {hp.attention_free_layers}, and the layers are 0 to {hp.num_layers - 1}.")
     if hp.seqs_per_step % machine.world_size:
-        raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; start a number that "
-                        f"divides {hp.seqs_per_step}, or set --seqs_per_step to a multiple of {machine.world_size}.")
+        raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; give --seqs_per_step a "
+                        f"multiple of {machine.world_size}, or --nproc_per_node a divisor.")
 def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
     """1 until the cooldown, then linearly down to 0.1 at the end."""
     return 0.1 + 0.9 * min(1, (1 - step / hp.num_iterations) / hp.cooldown_frac)
@@ -672,8 +656,7 @@ def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str
             raise UserError(failure if all(failure == each for _, each, _ in said) else f"process {other} on {host}: {failure}")
         for name in said[0][2] | facts:
             if facts.get(name) != (expected := said[0][2].get(name)):
-                raise UserError(f"process {other} on {host} has {name} {facts.get(name)}, and process 0 has {expected}; start all from "
-                                "the same script, settings and shards.")
+                raise UserError(f"process {other} on {host} has {name} {facts.get(name)}, and process 0 has {expected}; give them the same.")
     return [host for host, *_ in said]
 
 class Watchdog(threading.Thread):
@@ -693,7 +676,6 @@ class Watchdog(threading.Thread):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         self.say(0)
-    def __enter__(self) -> None:
         self.start()
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         """The main thread ends. Where its error follows from the loss of another process, that one is named, and this does not
@@ -744,14 +726,11 @@ class GradientReducer:
     """Adds up gradients over the processes, each as soon as the backward pass has it (the step's `last`): a matrix of Muon's where
     it will be orthogonalised, which takes half the bytes, the others everywhere; what is small together, by the megabyte."""
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine, watchdog: Watchdog | None = None):
-        self.machine, self.watchdog, self.last, self.small, self.in_flight = machine, watchdog, False, {}, []
+        self.machine, self.watchdog = machine, watchdog or argparse.Namespace(place=0)
+        self.last, self.small, self.in_flight = False, {}, []
         self.owner = {p: rank for muon in optimizers if isinstance(muon, Muon) for p, rank in muon.owner.items()}
         for p in model.parameters() if machine.world_size > 1 else ():
             p.register_post_accumulate_grad_hook(self.ready)
-    def at(self, step: int) -> None:
-        """A step begins."""
-        if self.watchdog:
-            self.watchdog.place = 3 * step  # one more wherever this process waits: in the validation, in the step
     def ready(self, p: Tensor) -> None:
         """A gradient is complete."""
         if self.last and p.grad.nbytes < 1 << 20:
@@ -791,17 +770,15 @@ class RunLog:
         path = Path(hp.log_dir, f"{hp.run_id or time.strftime('%Y-%m-%d_%H%M%S_') + os.urandom(3).hex()}.txt")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Buffered by lines: each is on its way to the disk as soon as it is written.
-            self.file = open(path, "x", buffering=1) if machine.rank == 0 else open(os.devnull, "w")
+            self.file = open(path, "x", buffering=1) if machine.rank == 0 else open(os.devnull, "w")  # buffered by lines
         except OSError as error:
             raise UserError(f"the log {path} cannot be made ({error.strerror}); choose another --run_id or --log_dir.") from None
         self.bar = tqdm(total=hp.num_iterations, unit="step", dynamic_ncols=True, disable=machine.rank > 0 or not sys.stderr.isatty())
         source = Path(__file__).read_text()
         gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout if machine.is_gpu else ""
         about = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, hardware=machine.name,
-                     world_size=machine.world_size, code_sha256=hashlib.sha256(source.encode()).hexdigest())
-        settings = "\n".join(f"{name}: {value}" for name, value in (about | facts | dataclasses.asdict(hp)).items())
-        self.file.write("\n".join([source, "=" * 100, gpus, settings, "=" * 100, ""]))
+                     world_size=machine.world_size, code_sha256=hashlib.sha256(source.encode()).hexdigest()) | facts | dataclasses.asdict(hp)
+        self.file.write("\n".join([source, "=" * 100, gpus, *(f"{name}: {value}" for name, value in about.items()), "=" * 100, ""]))
         self.line(f"log: {path}")
     def start_clock(self) -> None:
         self.machine.synchronize()
@@ -864,8 +841,7 @@ def build_optimizers(model: GPT, hp: Hyperparameters, machine: Machine) -> list[
         group["initial_lr"] = group["lr"]
     return [adam, muon]
 def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters, machine: Machine) -> Tensor:
-    """Give the optimizers a step's learning rates and momentum. Returns its window in blocks, 0-d int32 on the device: a
-    tensor, so that a longer window is no new compilation."""
+    """Give the optimizers a step's learning rates and momentum. Returns its window in blocks, 0-d int32 on the device."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["initial_lr"] * learning_rate_factor(step, hp)
         if "momentum" in group:
@@ -875,12 +851,13 @@ def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int
     """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share. Gradients add up
     over the micro-steps, and are reduced over the processes once, during the last. Returns the step's mean loss, 0-d."""
     batches = list(batches)
-    loss_sum = torch.zeros((), device=window.device)
-    for number, (inputs, targets) in enumerate(batches, 1):
-        loss = model(inputs, targets, window)
-        reducer.last = number == len(batches)
+    def micro_step(number: int) -> Tensor:
+        reducer.last = number == len(batches) - 1
+        loss = model(*batches[number], window)
         loss.backward()
-        loss_sum += loss.detach()
+        return loss.detach()
+    # Two at a time only where there are two: a sum of more would depend on which comes first.
+    loss_sum = sum((reducer.machine.map if len(batches) == 2 else map)(micro_step, range(len(batches))))
     reducer.finish(loss_sum)
     torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], seqs_per_step)
     for optimizer in optimizers:
@@ -891,9 +868,8 @@ def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int
 def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: GradientReducer) -> float:
     """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
     model.eval()
-    machine = reducer.machine
-    total = torch.zeros((), dtype=torch.float64, device=machine.device)
-    for index in range(machine.rank, loader.num_sequences, machine.world_size):
+    total = torch.zeros((), dtype=torch.float64, device=window.device)
+    for index in range(loader.rank, loader.num_sequences, loader.world_size):
         num_tokens = min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
         total += model(*loader.sequence(index), window).double() * num_tokens
     reducer.finish(total)
@@ -908,13 +884,12 @@ def memory_needed(model: GPT, hp: Hyperparameters, train_seq_len: int) -> float:
     return 5 * adam + 4 * sum(p.nbytes for p in model.blocks.parameters()) + per_token * train_seq_len
 def out_of_memory(model: GPT, hp: Hyperparameters, machine: Machine, total: int) -> UserError:
     """The sentence for a GPU of `total` bytes that is too small, with flags that would fit: the same tokens in smaller parts."""
-    advice = "no --train_seq_len would fit, so train a smaller model or use a larger card"
+    advice, needed = "no --train_seq_len would fit, so train a smaller model or use a larger card", memory_needed(model, hp, hp.train_seq_len)
     for parts in range(hp.train_seq_len // BLOCK, 1, -1):
         length = hp.train_seq_len // parts
         if hp.train_seq_len % (parts * BLOCK) == 0 and memory_needed(model, hp, length) < 0.9 * total:
             advice = f"--train_seq_len {length} --seqs_per_step {hp.seqs_per_step * parts} (the same tokens a step) would fit"
-    needed = memory_needed(model, hp, hp.train_seq_len) / 2**30
-    return UserError(f"out of memory: --train_seq_len {hp.train_seq_len} needs about {needed:.1f} GiB, and {machine.name} has "
+    return UserError(f"out of memory: --train_seq_len {hp.train_seq_len} needs about {needed / 2**30:.1f} GiB, and {machine.name} has "
                      f"{total / 2**30:.1f}, some of it perhaps taken by others; {advice}.")
 def warm_up(model, optimizers, hp: Hyperparameters, vocab_size: int, reducer: GradientReducer) -> None:
     """Compile and run every kernel on made-up tokens, then put weights, optimizers and random state back as they were."""
@@ -987,8 +962,8 @@ def prepare(argv: list[str] | None) -> tuple:
     train_loader = DistributedDataLoader(hp.train_files, hp.train_seq_len, num_tokens=train_tokens, repeat=hp.repeat, **processes)
     val_loader = DistributedDataLoader(hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **processes)
     if train_loader.vocab_size != val_loader.vocab_size:
-        raise UserError(f"{hp.train_files} has a vocabulary of {train_loader.vocab_size} and {hp.val_files} one of "
-                        f"{val_loader.vocab_size}; validate on shards of the same tokenizer.")
+        sizes = f"{train_loader.vocab_size} in {hp.train_files} and {val_loader.vocab_size} in {hp.val_files}"
+        raise UserError(f"vocabularies differ, {sizes}; train and validate on shards of the same tokenizer.")
     if machine.local_rank == 0:  # once a machine is enough
         train_loader.check_tokens()
         val_loader.check_tokens()
@@ -1010,7 +985,7 @@ def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader: Dist
             raise out_of_memory(network, hp, machine, torch.cuda.mem_get_info()[1]) from None
         log.start_clock()
         for step in range(hp.num_iterations + 1):
-            reducer.at(step)
+            reducer.watchdog.place = 3 * step  # one more wherever this process waits: in the validation, in the step
             window = set_schedule(optimizers, step, hp, machine)
             if step == hp.num_iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
                 log.stop_clock()
@@ -1020,7 +995,7 @@ def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader: Dist
                 log.start_clock()
             batches = (train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size))
             log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer))
-        reducer.at(math.inf)  # from here on no process waits for another
+        reducer.watchdog.place = math.inf  # from here on no process waits for another
         report(log, train_loader, network, hp, machine)
         if hp.sample and machine.rank == 0:
             with torch.compiler.set_stance("force_eager"):  # each length would be compiled
@@ -1032,30 +1007,28 @@ def main(argv: list[str] | None = None) -> int:
     rank, local_rank, world_size = process_place()
     watchdog, run, facts, failure = None, (), {}, ""
     try:
-        try:
-            run = prepare(argv)
-            facts = shared_facts(run[0], run[3:])
-        except (UserError, OSError) as error:
-            if world_size == 1:
-                raise
-            failure = str(error)  # the others have to hear of it
-        if world_size > 1:
-            timeout = run[0].timeout if run else Hyperparameters.timeout
-            store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
-            watchdog = Watchdog(store, rank, agree(store, rank, world_size, facts, failure), timeout)
-        with watchdog or contextlib.nullcontext():
-            if watchdog:
+        with contextlib.ExitStack() as at_exit:
+            try:
+                run = prepare(argv)
+                facts = shared_facts(run[0], run[3:])
+            except (UserError, OSError) as error:
+                if world_size == 1:
+                    raise
+                failure = str(error)  # the others have to hear of it
+            if world_size > 1:
+                timeout = run[0].timeout if run else Hyperparameters.timeout
+                store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
+                watchdog = Watchdog(store, rank, agree(store, rank, world_size, facts, failure), timeout)
+                at_exit.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+                at_exit.push(watchdog)
                 gpu = run[2].device if run[2].is_gpu else None
                 dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, device_id=gpu)
             train(*run, watchdog)
-        return 0
+            return 0
     except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:  # an OSError names the file
         if watchdog or local_rank == 0:  # before there is a watchdog, all processes of a machine meet the same
             print(f"train_gpt.py: {str(error) or 'stopped by the keyboard'}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 if __name__ == "__main__":
     sys.exit(main())
