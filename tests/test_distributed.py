@@ -525,9 +525,11 @@ def on_two_hosts(two_hosts, *arguments):
 
 
 def test_two_hosts_with_their_own_addresses(two_hosts, curves, start, shards, tmp_path):
-    """And their own network, which is all that they share: the run is that of one process, a step of it."""
+    """And their own network, which is all that they share: the first step's loss is that of one process."""
     run = start(on_two_hosts(two_hosts, *flags(tmp_path, shards, num_iterations=4)), RECORD=str(tmp_path)).end()
-    assert run.codes == [0, 0] and not any(run.errors) and not run.survivors, run.errors
+    assert run.codes == [0, 0] and not run.survivors, run.errors
+    unexpected = [line for error in run.errors for line in error.splitlines() if "hostname of the client socket" not in line]
+    assert not unexpected  # torch notes that these hosts have no names
     records = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert records[0]["final weights"] == records[1]["final weights"]
     assert records[0]["losses"] == records[1]["losses"] and len(records[0]["losses"]) == 4
@@ -536,13 +538,18 @@ def test_two_hosts_with_their_own_addresses(two_hosts, curves, start, shards, tm
 
 
 def test_host_that_is_cut_off(two_hosts, start, shards, tmp_path):
-    """Neither can tell the other, so each ends by what it does not hear."""
+    """Neither can tell the other, so each ends by what it does not hear. On the second host the launcher itself goes on waiting
+    for the first one's, as long as its kernel lets it, and is not ours."""
     run = start(on_two_hosts(two_hosts, *flags(tmp_path, shards, ENDLESS, timeout=8))).until("step:4/")
-    device = two_hosts[0][-1].split("=")[1]
-    subprocess.run(["ip", "-n", two_hosts[0][3], "link", "set", device, "down"], check=True)
-    run.end()
-    assert_ended_with(run)
-    assert any("process 1 on machine 1" in line for line in run.sentences[0])
+    subprocess.run(["ip", "-n", two_hosts[0][3], "link", "set", two_hosts[0][-1].split("=")[1], "down"], check=True)
+    begin = time.monotonic()
+    while any("RANK" in environment for environment in run.processes().values()):
+        assert time.monotonic() - begin < 60, run.errors
+        time.sleep(0.1)
+    assert [len(said) for said in run.sentences] == [1, 1], run.errors
+    assert "process 1 on machine 1" in run.sentences[0][0] and "cut off" in run.sentences[0][0]
+    assert "launcher of process 0" in run.sentences[1][0]
+    assert_log_is_whole(run, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
