@@ -694,11 +694,14 @@ class Watchdog(threading.Thread):
             if select.select([self.signals], [], [], 0.5)[0]:
                 received, self.look_until = received + os.read(self.signals, 1), min(self.look_until, time.monotonic() + 4)
             before, now = heard, time.monotonic()
+            overdue = threading.Timer(self.timeout, self.end, ("the launcher of process 0 does not answer", 1))
+            overdue.start()  # of a machine that is cut off there comes no answer at all, not even an error
             try:
                 self.say(now)
                 heard = [json.loads(text) for text in self.store.multi_get([f"alive/{rank}" for rank in ranks])]
             except dist.DistError:
                 self.end("the launcher of process 0 does not answer", 1)
+            overdue.cancel()
             since = [since[rank] if heard[rank] == before[rank] else now for rank in ranks]
             _, places, failures = zip(*heard)
             moved = moved if places == tuple(place for _, place, _ in before) else now

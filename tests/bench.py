@@ -1,5 +1,5 @@
 """Where the time of a step goes: `python tests/bench.py --gpu` (the speedrun's shapes) or `--cpu` (the tiny preset's);
-`--data`: how fast shards are read, and made.
+`--data`: how fast shards are read, and made; `--dist`: what 1, 2 and 4 processes spend on communication.
 
 Measures the machine first (matmul rates, copy bandwidth), then one process's micro-step (forward, backward, optimizer),
 then each part alone, beside its floor: the larger of its operations over the measured matmul rate and its bytes over the
@@ -7,7 +7,9 @@ measured bandwidth. Each figure is the median of several repetitions, with the f
 """
 
 import argparse
+import functools
 import itertools
+import json
 import math
 import os
 import resource
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import train_gpt as t
 from data.local_text import shard_header
@@ -238,13 +241,188 @@ def data(machine: t.Machine, seconds: float) -> None:
             print(f"{name:<32}{length * count / timing.median / 1e6:9.2f} billion tokens/s{copy.median / timing.median:9.2f} of the copy")
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+class Afterwards(t.GradientReducer):
+    """The obvious way: each gradient summed up everywhere, by itself, after the backward pass."""
+
+    def __init__(self, model, *args):
+        super().__init__(model, *args)
+        self.parameters = list(model.parameters())
+
+    def ready(self, p) -> None:
+        pass
+
+    def finish(self, total) -> None:
+        if self.machine.world_size > 1:
+            self.in_flight += [(dist.all_reduce(p.grad, async_op=True), None, []) for p in self.parameters if p.grad is not None]
+        super().finish(total)
+
+
+class Everywhere(t.GradientReducer):
+    """As the trainer's, but each gradient is summed up for all processes, Muon's too."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.owner = {}
+
+
+CHOICES = {"(a) all-reduce after the backward pass": Afterwards, "(b) all-reduce as ready, in buckets": Everywhere,
+           "(c) kept: as (b), but Muon's to their owner": t.GradientReducer}
+
+
+class Traffic:
+    """Counts what goes over the network, in bytes that a process sends (it receives as many), at the calls of collectives, and
+    the time that is spent waiting for what Muon gathers."""
+
+    def __init__(self, world_size: int):
+        self.sent, self.calls, self.waited = 0.0, 0, 0.0
+        share = (world_size - 1) / world_size  # of a ring: each process passes on all parts but one
+        self.count(dist, "all_reduce", lambda t: 2 * share * t.nbytes)
+        self.count(dist, "reduce", lambda t: share * t.nbytes)  # on average, when the owners take turns
+        self.count(t, "all_gather", lambda gathered: share * gathered.nbytes)
+        gather = t.all_gather
+        t.all_gather = lambda *args, **kwargs: Waiting(gather(*args, **kwargs), self)
+
+    def count(self, module, name, cost) -> None:
+        function = getattr(module, name)
+
+        def counted(tensor, *args, **kwargs):
+            self.sent, self.calls = self.sent + cost(tensor), self.calls + 1
+            return function(tensor, *args, **kwargs)
+        setattr(module, name, counted)
+
+
+@dataclass
+class Waiting:
+    """What Muon waits for, and how long."""
+
+    work: object
+    traffic: Traffic
+
+    def wait(self) -> None:
+        start = time.perf_counter()
+        self.work.wait()
+        self.traffic.waited += time.perf_counter() - start
+
+
+def steps_of_a_process(rank: int, world_size: int, folder: str, hp: t.Hyperparameters, vocab_size: int, seconds: float) -> None:
+    """Steps by each choice in turn, for about so many seconds; process 0 writes the figures, means over the processes."""
+    torch.set_num_threads(1)
+    machine = t.Machine(torch.device("cpu"), "CPU", torch.float32, rank, rank, world_size)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{world_size}", rank=rank, world_size=world_size)
+    traffic = Traffic(world_size)
+    model = t.build_model(hp, vocab_size, machine)
+    optimizers = t.build_optimizers(model, hp, machine)
+    watchdog = argparse.Namespace(place=0)
+    reducers = {name: choice(model, optimizers, machine, watchdog) for name, choice in CHOICES.items()}
+    batch = draw_batch(hp.train_seq_len, vocab_size, machine.device)
+    window = t.set_schedule(optimizers, hp.num_iterations // 2, hp, machine)
+    marks: list[float] = []
+
+    def marked(function, *args):
+        marks.append(time.perf_counter())
+        function(*args)
+        marks.append(time.perf_counter())
+    for reducer in reducers.values():
+        reducer.finish = functools.partial(marked, reducer.finish)
+
+    found: dict[str, list[list[float]]] = {name: [] for name in reducers}
+    volume = {}
+    begin, round_number, going_on = time.perf_counter(), 0, torch.ones(())
+    while going_on:
+        for name, reducer in reducers.items():
+            for each in reducers.values():
+                each.last = False
+            marks.clear()
+            traffic.sent, traffic.calls, traffic.waited = 0.0, 0, 0.0
+            start = time.perf_counter()
+            t.training_step(model, optimizers, [batch] * (hp.seqs_per_step // world_size), window, hp.seqs_per_step, reducer)
+            end = time.perf_counter()
+            reducer.last = False
+            volume[name] = traffic.sent, traffic.calls
+            exposed = marks[1] - marks[0] + traffic.waited
+            split = torch.tensor([end - start, marks[0] - start, exposed, end - marks[1] - traffic.waited]) * 1000
+            if world_size > 1:
+                dist.all_reduce(split)
+            if round_number > 1:  # the first ones only warm up
+                found[name].append((split / world_size).tolist())
+        round_number += 1
+        going_on.fill_(round_number < 6 or round_number < 200 and time.perf_counter() - begin < seconds)
+        if world_size > 1:
+            dist.broadcast(going_on, 0)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps([found, volume]))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def distributed(hp: t.Hyperparameters, vocab_size: int, seconds: float) -> None:
+    """The split of a step for 1, 2 and 4 processes and each choice, in milliseconds."""
+    for world_size in (1, 2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.start_processes(steps_of_a_process, (world_size, folder, hp, vocab_size, seconds), nprocs=world_size,
+                                                  start_method="fork")
+            found, volume = json.loads(Path(folder, "found.json").read_text())
+        print(f"\n{world_size} process{'es' * (world_size > 1)}, {hp.seqs_per_step // world_size} sequence(s) of {hp.train_seq_len} tokens each "
+              f"a step, model_dim {hp.model_dim}, {len(next(iter(found.values())))} steps by each choice, in turn")
+        print(f"{'milliseconds: median (quartiles)':<46}{'step':>25}{'compute':>25}{'exposed communication':>25}{'optimizer':>25}"
+              f"{'sent, MB':>10}{'calls':>6}")
+        for name, runs in list(found.items())[-1 if world_size == 1 else 0:]:
+            cells = []
+            for values in zip(*runs):
+                low, middle, high = statistics.quantiles(values, n=4)
+                cells.append(f"{middle:.0f} ({low:.0f} to {high:.0f})")
+            print(f"{'alone' if world_size == 1 else name:<46}{''.join(f'{cell:>25}' for cell in cells)}"
+                  f"{volume[name][0] / 1e6:>10.2f}{volume[name][1]:>6}", flush=True)
+
+
+def on_paper(world_size: int = 8, link: float = 450e9, flops: float = 790e12, memory: float = 3.35e12, attention: float = 20e12) -> None:
+    """The speedrun's step on 8 GPUs: what each choice sends, and the arithmetic that it can hide behind. 450 GB/s each way is
+    NVLink's rate on an H100 by its data sheet, 3.35 TB/s its memory's; 790 TFLOP/s are what its large bfloat16 matmuls reach;
+    20 TFLOP are a step's attention."""
+    hp, share = t.Hyperparameters(), (world_size - 1) / world_size
+    with torch.device("meta"):
+        model = t.GPT(t.GPT2_VOCAB, hp.num_layers, hp.num_heads, hp.head_dim, hp.model_dim, hp.train_seq_len)
+    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
+    muon = sum(p.nbytes for p in matrices)
+    adam = sum(p.nbytes for p in model.parameters()) - muon
+    shapes: dict[tuple, int] = {}
+    for p in matrices:
+        shapes[p.shape] = shapes.get(p.shape, 0) + 1
+    gathered = sum(2 * math.ceil(count / world_size) * world_size * math.prod(shape) for shape, count in shapes.items())  # bfloat16
+    multiplied = sum(p.numel() for p in matrices) + model.lm_head.weight.numel()
+    matmuls = 6 * multiplied * hp.train_seq_len * hp.seqs_per_step
+    micro_step = 1000 * (matmuls + attention) / hp.seqs_per_step / flops
+    print(f"\nOn paper: the speedrun on {world_size} GPUs, {link / 1e9:.0f} GB/s each way. Gradients: {muon / 1e6:.0f} MB of Muon's matrices, "
+          f"{adam / 1e6:.0f} MB of Adam's; updates gathered: {gathered / 1e6:.0f} MB.\nArithmetic of a step: {matmuls / 1e12:.0f} TFLOP in "
+          f"matmuls and {attention / 1e12:.0f} in attention; a GPU's one micro-step takes {micro_step:.1f} ms at {flops / 1e12:.0f} TFLOP/s, "
+          f"{micro_step * 2 / 3:.1f} of them backward.")
+    update = 1000 * 7 * adam / memory  # reads the gradient, the weight and two moments, writes all but the gradient
+    rows = [("(a) all-reduce after the backward pass", 0, 2 * share * (muon + adam), update),
+            ("(b) all-reduce as ready", 2 * share * (muon + adam), 0, update),
+            ("(c) kept: Muon's to their owner, Adam replicated", share * (muon + 2 * adam), 0, update),
+            ("(d) as (c), Adam sharded", share * (muon + adam), share * adam, update / world_size)]
+    print(f"{'':<50}{'in the backward pass':>22}{'after it':>20}{'of which Muon gathers':>24}{'Adam, memory-bound':>20}{'not hidden':>12}")
+    for name, during, after, adam_ms in rows:
+        after += share * gathered
+        cells = [f"{sent / 1e6:.0f} MB, {1000 * sent / link:.2f} ms" for sent in (during, after, share * gathered)]
+        print(f"{name:<50}{cells[0]:>22}{cells[1]:>20}{cells[2]:>24}{f'{adam_ms:.2f} ms':>20}{f'{1000 * after / link + adam_ms:.2f} ms':>12}")
+    print("Muon's gathers travel while the next group is orthogonalised, and all but the last are hidden; the column counts them in full.")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpu", action="store_true", help="the speedrun preset's shapes, on a CUDA GPU")
     where.add_argument("--cpu", action="store_true", help="the tiny preset's shapes")
     where.add_argument("--data", action="store_true", help="the loader and data/local_text.py")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1)")
+    where.add_argument("--dist", action="store_true", help="1, 2 and 4 processes on the CPU, and 8 GPUs on paper")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1); with --dist for "
+                        "each number of processes")
     args, settings = parser.parse_known_args()  # the rest are train_gpt.py's flags, to change the shapes
     try:
         if not args.gpu:
@@ -261,6 +439,13 @@ def main() -> int:
         data(machine, args.seconds)
         return 0
     vocab_size = t.GPT2_VOCAB if args.gpu else 257
+    if args.dist:
+        print(f"{machine.name}, torch {torch.__version__}")
+        on_paper()
+        hp.seqs_per_step = t.next_multiple_of_n(hp.seqs_per_step, n=4)
+        for shape in ({}, dict(model_dim=256, num_heads=4)):  # the second has matrices that travel alone
+            distributed(replace(hp, dtype="float32", **shape), vocab_size, args.seconds)
+        return 0
     bench = Bench(machine, machine.dtype if hp.dtype == "auto" else getattr(torch, hp.dtype), args.seconds)
     print(f"{machine.name}, torch {torch.__version__}")
     rates = ", ".join(f"{flops / 1e12:.2f} TFLOP/s in {str(dtype).removeprefix('torch.')}" for dtype, flops in bench.flops.items())

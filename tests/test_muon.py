@@ -264,10 +264,11 @@ def worker(rank, world_size, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_processes_agree_with_one_and_share_the_momentum_out(world_size, tmp_path):
     expected, _ = train(0, 1)
-    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path)), nprocs=world_size)
+    # Forked: importing torch takes longer than all the rest.
+    torch.multiprocessing.start_processes(worker, (world_size, str(tmp_path)), nprocs=world_size, start_method="fork")
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for params, _ in results:
         for p, alone in zip(params, expected):
