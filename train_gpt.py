@@ -1,18 +1,17 @@
 """Train a 124M-parameter GPT on FineWeb tokens to a validation loss of 3.28, as fast as can be.
 
-The recipe that took 8 H100 GPUs just under three minutes in January 2025, in one file that imports, tests and explains
-itself, and that runs unchanged on any number of GPUs, on one, or on a CPU:
+The recipe that took 8 H100 GPUs just under three minutes in January 2025, in one file that runs unchanged on any number of
+GPUs, on one, or on a CPU, and imports without running:
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py         the speedrun
     python train_gpt.py --preset tiny                             a small model, in a minute on two CPU cores
 
-What has been seen, on which hardware, with which log: the results table of README.md.
-Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, processes, log, run.
+Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, processes, log, run. What has been
+seen, on which hardware, with which log: the results table of README.md.
 """
 
-import argparse, bisect, contextlib, copy, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
-import re, select, signal, subprocess, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, bisect, concurrent.futures, contextlib, copy, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os
+import platform, re, select, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
 # ---------- Machine: every choice of device and precision is made here and flows from here
-
 BF16_PEAK_FLOPS = {  # dense, by the vendors' data sheets; the first name that is part of the card's name counts
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10": 125e12,
     "L40S": 362e12, "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -60,8 +58,7 @@ class Machine:
             if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's: keep freed memory,
                 for option in (-1, -2, -3):  # by the thresholds of trimming and mmap, and the padding; for
                     mallopt(option, 1 << 28)  # fresh pages cost more than most of what is computed in them
-            # A CPU without bfloat16 instructions imitates them, at a fraction of float32's speed.
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # others imitate bfloat16, slowly
             return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
         if place[1] >= (count := torch.cuda.device_count()):
             raise UserError(f"{count} GPU(s) found here, and process {place[1]} would need one more; start --nproc_per_node={count}.")
@@ -86,7 +83,7 @@ class Machine:
     def map(self):
         """`map`; on a CPU two at a time, each on half of the cores: small tensors gain more from that than from all."""
         half = 0 if self.is_gpu or self.world_size > 1 else torch.get_num_threads() // 2
-        return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(half,)).map if half else map
+        return concurrent.futures.ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(half,)).map if half else map
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if self.is_gpu:
@@ -107,7 +104,6 @@ class Machine:
 
 # ---------- FP8 matmul: twice bfloat16's rate, where the range of the operands is known well enough for a fixed scale; e4m3, and
 # for gradients, which need range more than digits, e5m2: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022)
-
 def fused_on_gpu(function):
     """Compile a function of tensors at its first call on a GPU; elsewhere run it as it is."""
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
@@ -138,7 +134,6 @@ def mm_setup_context(ctx, inputs, output) -> None:
     ctx.scales = inputs[2:]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
-
 # What the compiler has to know of both: the shapes and dtypes of their results.
 mm_op.register_fake(lambda x, w, *scales: (x.new_empty(len(x), len(w), dtype=torch.bfloat16), *(
     t.new_empty(t.shape, dtype=torch.float8_e4m3fn) for t in (x, w))))
@@ -148,9 +143,7 @@ mm_op.register_autograd(lambda ctx, grad, *_: (*torch.ops.nanogpt.mm_backward(gr
                         setup_context=mm_setup_context)
 
 # ---------- Muon: momentum, orthogonalised. "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
-
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, and the one before
-
 def zeropower_via_newtonschulz5(G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """About the nearest orthogonal matrix: U S V^T becomes U S' V^T, with every S' somewhere between 0.7 and 1.2. G is
     (..., rows, cols) of any float dtype, a batch of matrices; the result has its shape, and `dtype`. Each step applies an odd
@@ -175,9 +168,9 @@ class Muon(torch.optim.Optimizer):
     Parameters of one shape are a group, of which every process takes an equal share (the last ones perhaps less): it reads the
     gradients of those p alone for which owner[p] is its rank, keeps their momentum, and orthogonalises their updates in one
     batched call. While the results of one group are being gathered, the next group is being computed.
-    params: of two or more dimensions, the last two being the matrix; one's attribute `lr_mul` multiplies its `lr`.
-    lr: length of a step; a tall matrix's is multiplied by sqrt(rows / cols), for the same change in what it puts out.
-    rank, world_size: this process, of how many. dtype: of the orthogonalisation; bfloat16 is precise enough to train with."""
+    params: of two or more dimensions, the last two being the matrix. lr: length of a step, times a parameter's attribute `lr_mul`,
+    and times sqrt(rows / cols) for a tall matrix, for the same change in what it puts out. rank, world_size: this process, of
+    how many. dtype: of the orthogonalisation; bfloat16 is precise enough to train with."""
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
                  rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.bfloat16):
         groups: dict[tuple, list[Tensor]] = {}
@@ -205,7 +198,7 @@ class Muon(torch.optim.Optimizer):
         """Advance the momentum of this process's share of a group, and gather what all processes make of theirs: the
         updates (n, *shape), zero-padded at the end, and what to wait for before they are read."""
         shape, mine = group["params"][0].shape, [p for p in group["params"] if self.owner[p] == self.rank]
-        updates = torch.zeros(group["share"], *shape, dtype=self.dtype, device=group["params"][0].device)
+        updates = group["params"][0].new_zeros(group["share"], *shape, dtype=self.dtype)
         if mine:
             buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in mine]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
@@ -218,9 +211,7 @@ class Muon(torch.optim.Optimizer):
         return gathered, all_gather(gathered, updates, async_op=True)
 
 # ---------- Attention: FlexAttention's kernel on a GPU; on a CPU, where that has no backward pass, one for the same BlockMask
-
 BLOCK = 128  # tokens; masks, windows and sequences are made of such blocks
-
 def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | None]:
     """A BlockMask in the form that batched matmuls want, worked out once and kept with it: for n query blocks that see at
     most K key blocks each, those blocks' numbers (n, K), filled up with zeros; what to add to the scores, float32
@@ -279,7 +270,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
     return kernel(q, k, v, block_mask=block_mask, scale=scale)
 
 # ---------- Network: a GPT with rotary positions, value embeddings, U-net skips, and attention within documents and windows
-
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation over the last dimension, without weights; shape and dtype stay."""
     return F.rms_norm(x, (x.size(-1),))
@@ -291,8 +281,7 @@ class CastedLinear(nn.Module):
     """`x @ weight.T`, no bias. The weight, (out_features, in_features), is float32, drawn uniformly, and cast to the
     activations' dtype at each use. use_fp8: multiply in FP8 in training, where the hardware can, with the scales x_s, w_s,
     grad_s of activations, weight and gradient; in evaluation always plainly."""
-    def __init__(self, in_features: int, out_features: int, use_fp8: bool = False,
-                 x_s: float = 1.0, w_s: float = 1.0, grad_s: float = 1.0):
+    def __init__(self, in_features: int, out_features: int, use_fp8: bool = False, x_s: float = 1.0, w_s: float = 1.0, grad_s: float = 1.0):
         super().__init__()
         self.use_fp8, self.x_s, self.w_s, self.grad_s = use_fp8, x_s, w_s, grad_s
         bound = 3**0.5 * 0.5 * in_features**-0.5  # standard deviation 0.5 / sqrt(fan_in), times sqrt(3) for a uniform one
@@ -388,10 +377,9 @@ class ValueEmbedding(nn.Module):
         return ve + [None] * (self.num_layers - 6) + ve
 
 class GPT(nn.Module):
-    """The network, for one sequence at a time, which holds any number of documents. The first half of the layers pushes what
-    it puts out, the second half pops it and mixes it in by a learnable weight, as in "U-Net" (Ronneberger et al., 2015);
-    an odd layer in the middle does neither.
-    vocab_size: of the tokens, the last of which begins a document. max_seq_len: tokens of the longest sequence.
+    """The network, for one sequence at a time, which holds any number of documents. The first half of the layers pushes what it
+    puts out, the second half pops it and mixes it in by a learnable weight, as in "U-Net" (Ronneberger et al., 2015). vocab_size:
+    of the tokens, the last of which begins a document. max_seq_len: tokens of the longest sequence.
     attention_free_layers: layers that are an MLP alone. fp8: matmuls in FP8, where the hardware can: "none", "head", or "all",
     which adds the hidden ones. dtype: of the embeddings, from which the activations take theirs; all other weights are float32.
     train_seq_len: tokens of a micro-step (None: max_seq_len). The loss is their mean, so its gradients shrink as they grow in
@@ -408,8 +396,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(model_dim, num_heads, head_dim, max_seq_len, i not in attention_free_layers, **hidden)
                                     for i in range(num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.num_skips))
-        self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128), use_fp8=fp8 != "none",
-                                    x_s=2.0, w_s=512.0, grad_s=grad_s).zeroed()
+        self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128), fp8 != "none", 2.0, 512.0, grad_s).zeroed()
     def create_block_masks(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> tuple[BlockMask, BlockMask]:
         """The long and the short mask: causal, within documents, within a window of blocks. input_seq: ids (T,), T a multiple
         of 128. sliding_window_num_blocks: W, 0-d int32. Query block i sees the key blocks i - W < j <= i (the short mask: with
@@ -467,9 +454,7 @@ class GPT(nn.Module):
         return sum(F.cross_entropy(self.logits(h), t, reduction="sum") for h, t in parts) / (target_seq >= 0).sum()
 
 # ---------- Data: shards, each a header of 256 int32 (magic, version, number of tokens, vocabulary size, zeros) and uint16 tokens
-
 HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, GPT2_VOCAB = 256, 20240520, 1, 50257
-
 def open_shard(path: str) -> tuple[np.ndarray, int]:
     """Map a shard into memory: its tokens (N,) uint16 and its vocabulary size. Raises UserError where it is not one."""
     size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=HEADER_INTS)
@@ -505,8 +490,7 @@ class DistributedDataLoader:
             raise UserError(f"{filename_pattern} has {self.total} tokens, {max(2, self.num_tokens + 1) - self.total} fewer than the run needs; "
                             "add shards, lower --num_iterations (or --val_tokens), or train on them again with --repeat.")
         self.seq_len, self.rank, self.world_size, self.device = seq_len, rank, world_size, torch.device(device)
-        self.num_sequences = math.ceil(self.num_tokens / seq_len)
-        self.position = 0  # sequences that all processes together have taken
+        self.num_sequences, self.position = math.ceil(self.num_tokens / seq_len), 0  # position: what all processes have taken
     def check_tokens(self) -> None:
         """Read all that the run will see. Raises UserError at a token beyond the vocabulary."""
         for path, start, shard in zip(self.files, self.starts, self.shards):
@@ -537,7 +521,6 @@ class DistributedDataLoader:
         return self.sequence(index)
 
 # ---------- Settings: one dataclass, whose fields are the flags
-
 def setting(default, meaning: str, **limits):
     """A field with its meaning, for --help, and its limits: least, most, multiple_of, choices."""
     return dataclasses.field(default=default, metadata=dict(meaning=meaning, **limits))
@@ -609,7 +592,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
 def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     """Raise UserError at the first setting that cannot work, on this machine and with these processes."""
     if preset != "tiny" and not machine.is_gpu:
-        raise UserError(f"the {preset} preset needs a CUDA GPU, and torch {torch.__version__} finds none; use --preset tiny, or see "
+        raise UserError(f"the {preset} preset needs a CUDA GPU, and torch {torch.__version__} finds none here; use --preset tiny, or see "
                         "whether nvidia-smi lists the card and torch is a CUDA build.")
     for field in dataclasses.fields(hp):
         value, limits = getattr(hp, field.name), field.metadata
@@ -629,12 +612,11 @@ def muon_momentum(step: int) -> float:
     """From 0.85 to 0.95 over 300 steps: while gradients turn fast, a short memory is the better one."""
     return 0.85 + 0.1 * min(step / 300, 1)
 def window_blocks(step: int, hp: Hyperparameters) -> int:
-    """The attention window in blocks of 128 tokens, from 1 to max_window / 128, linear in the steps."""
-    # Half a block below the maximum, so that the longest window is there for some steps and not only after the last.
+    """The attention window in blocks of 128 tokens, from 1 to max_window / 128, linear in the steps; up to half a block below the
+    maximum, so that the longest window is there for some steps and not only after the last."""
     return next_multiple_of_n((hp.max_window - BLOCK // 2) * step / hp.num_iterations, n=BLOCK) // BLOCK
 
 # ---------- Processes: those of one run start from the same, add up their gradients, and end together
-
 def shared_facts(hp: Hyperparameters, loaders: tuple[DistributedDataLoader, ...]) -> dict[str, str]:
     """What all processes have to have in common, by names for people. Files may lie elsewhere on each machine."""
     settings = {f"--{name}": str(value) for name, value in dataclasses.asdict(hp).items() if not name.endswith(("_files", "_dir", "_id"))}
@@ -643,8 +625,7 @@ def shared_facts(hp: Hyperparameters, loaders: tuple[DistributedDataLoader, ...]
 def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str) -> list[str]:
     """Tell the other processes what this one starts from, or why it cannot start, and hear them. Returns the names of their
     machines. Raises UserError, in all processes alike, where one cannot start, is missing, or differs from process 0."""
-    host = f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
-    store.set(f"start/{rank}", json.dumps([host, failure, facts]))
+    store.set(f"start/{rank}", json.dumps([f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})", failure, facts]))
     said = []
     try:
         while len(said) < world_size:
@@ -661,11 +642,10 @@ def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str
 
 class Watchdog(threading.Thread):
     """Ends this process, with a line, when another one has died or hangs, for which collectives would wait in vain. Twice a second
-    every process tells the others, through the launcher's store, that it lives, its `place`, a number that grows with what the
-    main thread does, and the error that ends it. Who says nothing for `timeout` seconds is dead, stopped or cut off; where no
-    place changes, those behind the others hang. Signals come to this thread, since the main one may be waiting where Python
-    cannot interrupt it: SIGINT ends the process at once; SIGTERM, which torchrun sends when it has lost a process, after a look
-    for that one."""
+    every process tells the others, through the launcher's store, that it lives, its `place`, which grows with what the main
+    thread does, and the error that ends it. Who says nothing for `timeout` seconds is dead, stopped or cut off; where no place
+    changes, those behind the others hang. Signals come to this thread, since the main one may wait where Python cannot interrupt
+    it: SIGINT ends the process at once; SIGTERM, which torchrun sends when it has lost a process, after a look for that one."""
     def __init__(self, store, rank: int, hosts: list[str], timeout: float):
         super().__init__(daemon=True)
         self.store, self.rank, self.hosts, self.timeout = store.clone(), rank, hosts, timeout
@@ -678,8 +658,7 @@ class Watchdog(threading.Thread):
         self.say(0)
         self.start()
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        """The main thread ends. Where its error follows from the loss of another process, that one is named, and this does not
-        return; otherwise the others hear of the error."""
+        """The main thread ends: by the loss of another process, which is named, without return; or the others hear of its error."""
         if isinstance(error, RuntimeError):
             self.look_until = min(self.look_until, time.monotonic() + 4)
             self.join(5)
@@ -750,9 +729,7 @@ class GradientReducer:
             self.in_flight.append((dist.all_reduce(flat, async_op=True), flat, bucket))
     def finish(self, total: Tensor) -> None:
         """Send off what is left, add up `total`, 0-d, as well, and wait until all sums are there."""
-        if self.machine.world_size == 1:
-            return
-        for t in [*(bucket.pop() for bucket in self.small.values() if bucket), total]:
+        for t in [*(bucket.pop() for bucket in self.small.values() if bucket), total] if self.machine.world_size > 1 else ():
             self.collect(t, full=0)
         self.watchdog.place += self.watchdog.place >= 0
         for work, flat, bucket in self.in_flight:
@@ -762,7 +739,6 @@ class GradientReducer:
         self.in_flight.clear()
 
 # ---------- Log: this script, versions, hardware and settings; then a line for each step and validation
-
 class RunLog:
     """Keeps the clock of the training, and writes, on the first process alone, log_dir/RUN_ID.txt and what a person sees:
     a bar on a terminal, plain lines elsewhere. Raises UserError where the file cannot be made."""
@@ -822,7 +798,6 @@ class RunLog:
         self.file.close()
 
 # ---------- Run
-
 def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
     """The network on the machine's device. Weights are drawn on the CPU, so that a seed gives the same ones everywhere."""
     torch.manual_seed(hp.seed)
@@ -837,23 +812,19 @@ def build_optimizers(model: GPT, hp: Hyperparameters, machine: Machine) -> list[
               dict(params=[p for p in model.parameters() if p.ndim < 2], lr=hp.scalar_lr)]
     # The gradients of a mean over many tokens are small, and an eps of the usual 1e-8 would not be small beside them.
     adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
-    # Float32 activations ask for precision: then the updates get it too.
-    muon = Muon([p for p in model.blocks.parameters() if p.ndim >= 2], lr=hp.muon_lr, momentum=muon_momentum(0),
-                rank=machine.rank, world_size=machine.world_size, dtype=model.embed.weight.dtype)
-    for group in adam.param_groups + muon.param_groups:
-        group["initial_lr"] = group["lr"]
+    muon = Muon([p for p in model.blocks.parameters() if p.ndim >= 2], lr=hp.muon_lr, momentum=muon_momentum(0), rank=machine.rank,
+                world_size=machine.world_size, dtype=model.embed.weight.dtype)  # who asks for float32 gets precise updates too
     return [adam, muon]
 def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperparameters, machine: Machine) -> Tensor:
     """Give the optimizers a step's learning rates and momentum. Returns its window in blocks, 0-d int32 on the device."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["initial_lr"] * learning_rate_factor(step, hp)
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_factor(step, hp)
         if "momentum" in group:
             group["momentum"] = muon_momentum(step)
     return torch.tensor(window_blocks(step, hp), dtype=torch.int32).to(machine.device, non_blocking=True)
 def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, reducer: GradientReducer) -> Tensor:
     """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share. Gradients add up
     over the micro-steps, and are reduced over the processes once, during the last. Returns the step's mean loss, 0-d."""
-    batches = list(batches)
     def micro_step(number: int) -> Tensor:
         reducer.last = number == len(batches) - 1
         loss = model(*batches[number], window)
@@ -887,7 +858,7 @@ def memory_needed(model: GPT, hp: Hyperparameters, train_seq_len: int) -> float:
     return 5 * adam + 4 * sum(p.nbytes for p in model.blocks.parameters()) + per_token * train_seq_len
 def out_of_memory(model: GPT, hp: Hyperparameters, machine: Machine, total: int) -> UserError:
     """The sentence for a GPU of `total` bytes that is too small, with flags that would fit: the same tokens in smaller parts."""
-    advice, needed = "no --train_seq_len would fit, so train a smaller model or use a larger card", memory_needed(model, hp, hp.train_seq_len)
+    needed, advice = memory_needed(model, hp, hp.train_seq_len), "no --train_seq_len would fit, so train a smaller model or use a larger card"
     for parts in range(hp.train_seq_len // BLOCK, 1, -1):
         length = hp.train_seq_len // parts
         if hp.train_seq_len % (parts * BLOCK) == 0 and memory_needed(model, hp, length) < 0.9 * total:
@@ -933,8 +904,7 @@ def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperpara
     """The closing lines: tokens per second and MFU, passes over the tokens, peak memory."""
     rate, mfu = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len / log.milliseconds() * 1000, ""
     if machine.is_gpu and machine.peak_flops:
-        # 6 FLOP a token for each weight in a matmul, and attention at half the longest window, the mean over the run: an
-        # upper bound, since most layers have the short one, and documents may end sooner.
+        # 6 FLOP a token for each weight in a matmul, and attention at half the longest window: an upper bound of the mean.
         weights = sum(p.numel() for module in (model.blocks, model.lm_head) for p in module.parameters())
         attention_dim = sum(block.attn is not None for block in model.blocks) * hp.num_heads * hp.head_dim
         share = rate * (6 * weights + 6 * attention_dim * hp.max_window) / (machine.world_size * machine.peak_flops)
@@ -967,21 +937,18 @@ def prepare(argv: list[str] | None) -> tuple:
     if train_loader.vocab_size != val_loader.vocab_size:
         sizes = f"{train_loader.vocab_size} in {hp.train_files} and {val_loader.vocab_size} in {hp.val_files}"
         raise UserError(f"vocabularies differ, {sizes}; train and validate on shards of the same tokenizer.")
-    if machine.local_rank == 0:  # once a machine is enough
-        train_loader.check_tokens()
-        val_loader.check_tokens()
+    for loader in (train_loader, val_loader) if machine.local_rank == 0 else ():  # once a machine is enough
+        loader.check_tokens()
     return hp, preset, machine, train_loader, val_loader
-def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader: DistributedDataLoader,
-          val_loader: DistributedDataLoader, watchdog: Watchdog | None) -> None:
+def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader, val_loader, watchdog: Watchdog | None) -> None:
     """The whole run: build, warm up, train and validate, report."""
     network = build_model(hp, train_loader.vocab_size, machine)
     optimizers = build_optimizers(network, hp, machine)
     model, reducer = compiled(network, hp, machine), GradientReducer(network, optimizers, machine, watchdog)
-    log = RunLog(hp, machine, dict(
+    with contextlib.closing(RunLog(hp, machine, dict(
         preset=preset, activations=network.embed.weight.dtype, head="FP8" if network.lm_head.use_fp8 else "as the activations",
         attention="FlexAttention" if machine.is_gpu else "block-sparse, for want of FlexAttention's backward pass on a CPU",
-        vocab_size=network.vocab_size, parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total))
-    try:
+        vocab_size=network.vocab_size, parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total))) as log:
         try:
             warm_up(model, optimizers, hp, network.vocab_size, reducer)
         except torch.OutOfMemoryError:
@@ -996,15 +963,13 @@ def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader: Dist
                 if step == hp.num_iterations:
                     break
                 log.start_clock()
-            batches = (train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size))
+            batches = [train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size)]
             log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer))
         reducer.watchdog.place = math.inf  # from here on no process waits for another
         report(log, train_loader, network, hp, machine)
         if hp.sample and machine.rank == 0:
             with torch.compiler.set_stance("force_eager"):  # each length would be compiled
                 log.line("sample: " + sample(network, hp.sample, window, hp.seed))
-    finally:
-        log.close()
 def main(argv: list[str] | None = None) -> int:
     """Run with the flags in `argv` (default: the command line's). Returns the exit code: 2 for what the user can mend."""
     rank, local_rank, world_size = process_place()

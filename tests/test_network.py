@@ -294,7 +294,7 @@ def test_three_steps_equal_plain_adam_and_plain_muon_on_the_plain_network(docume
         for optimizer in optimizers:
             for group in optimizer.param_groups:  # momentum by the twin; its schedule has a test of its own
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * twins.learning_rate_factor(step, 5)
-        loss = train_gpt.training_step(net, optimizers, iter(batches), window(2), 2, train_gpt.GradientReducer(net, optimizers, machine))
+        loss = train_gpt.training_step(net, optimizers, batches, window(2), 2, train_gpt.GradientReducer(net, optimizers, machine))
 
         results = [twins.gpt_loss_and_gradients(weights, ids, targets, 2, dtype=torch.float32, **shape) for ids, targets in batches]
         assert loss.item() == pytest.approx((results[0][0] + results[1][0]).item() / 2, rel=1e-4)
@@ -320,7 +320,7 @@ def test_optimizers_are_given_the_mean_gradient_of_a_step(documents):
     net, recorder = randomized(network(6, 256)), Recorder()
     batches = [(documents(256, [0, 40], seed=seq), draw_targets(256, seq)) for seq in range(3)]
     machine = train_gpt.Machine(torch.device("cpu"), "a test", torch.float32)
-    train_gpt.training_step(net, [recorder], iter(batches), window(2), 3, train_gpt.GradientReducer(net, [], machine))
+    train_gpt.training_step(net, [recorder], batches, window(2), 3, train_gpt.GradientReducer(net, [], machine))
     net.zero_grad()
     sum(net(*batch, window(2)) for batch in batches).div(3).backward()
     for name, p in net.named_parameters():
