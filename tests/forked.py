@@ -1,5 +1,6 @@
-"""Start processes as torchrun would, with one import of torch for all of them: `python tests/forked.py JSON`, where JSON is a list
-with the script, its flags and its environment for each process. Prints their exit codes as the last line.
+"""Start runs as torchrun would, with one import of torch for all of them: `python tests/forked.py JSON`, where JSON is a list of runs,
+each a list with the script, its flags, its environment and a file for its stderr (or null) for each process. Prints their exit
+codes as the last line, a list for each run.
 
 It takes the place of the launchers of several machines, too: a process belongs to the one that its GROUP_RANK names."""
 
@@ -15,24 +16,37 @@ import torch.nn.attention.flex_attention  # noqa: F401
 import tqdm  # noqa: F401
 
 
-def main() -> None:
-    processes = json.loads(sys.argv[1])
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank, process in enumerate(processes):
-        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=len(processes), GROUP_RANK=0, MASTER_ADDR="127.0.0.1",
-                     MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
-        if not (child := os.fork()):
-            os.environ.update({name: str(value) for name, value in (place | process.get("environment", {})).items()})
-            sys.argv = [process["script"], *process["flags"]]
-            runpy.run_path(process["script"], run_name="__main__")
-            sys.exit(0)
-        children.append(child)
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # the launcher's, through which all meet
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    del store
+        return probe.getsockname()[1]
+
+
+def become(script: str, flags: list[str], environment: dict, errors: str | None) -> None:
+    """Run the script in this process, to its end."""
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    if errors:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+    sys.exit(0)
+
+
+def main() -> None:
+    children, ports = [], []
+    for processes in json.loads(sys.argv[1]):
+        ports.append(free_port())
+        children.append([])
+        for rank, process in enumerate(processes):
+            place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=len(processes), GROUP_RANK=0, MASTER_ADDR="127.0.0.1",
+                         MASTER_PORT=ports[-1], TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+            if not (child := os.fork()):
+                become(**process | dict(environment=place | process["environment"]))
+            children[-1].append(child)
+    # Each launcher's, through which the processes of its run meet; they try until it is there.
+    stores = [dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) for port in ports]
+    codes = [[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in run] for run in children]
+    del stores
     print(json.dumps(codes))
 
 

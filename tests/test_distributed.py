@@ -135,9 +135,11 @@ def two_machines():
     return "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"
 
 
-def forked(*processes):
-    return [sys.executable, FORKED, json.dumps([dict(script=str(p["script"]), flags=[str(f) for f in p["flags"]],
-                                                     environment=p.get("environment", {})) for p in processes])]
+def forked(*runs):
+    """Of each run the processes, as dictionaries of what forked.py wants to know."""
+    whole = [[dict(script=str(p["script"]), flags=[str(f) for f in p["flags"]], environment=p.get("environment", {}),
+                   errors=p.get("errors") and str(p["errors"])) for p in processes] for processes in runs]
+    return [sys.executable, FORKED, json.dumps(whole)]
 
 
 def flags(folder, shards, settings=SMALL, **more):
@@ -193,57 +195,59 @@ HERE = f"machine 0 ({platform.node()})"
 
 
 @pytest.fixture(scope="module")
-def stopped(shards, tmp_path_factory):
-    """A run of which process 1 is stopped in the middle of a collective: started first, since torchrun takes half a minute to
-    end a process that is stopped, and other tests can run meanwhile."""
-    folder = tmp_path_factory.mktemp("stopped")
-    command = torchrun(*flags(folder, shards, ENDLESS, timeout=10), script=OBSERVED)
-    run = Started(folder, [command], ACCIDENT="stop")
-    yield run
-    run.clear()
+def stopped_and_hung(shards, tmp_path_factory):
+    """Two runs, of which process 1 is stopped, or hangs, in the middle of a collective. They start first and are looked at last:
+    torchrun takes half a minute to end a process that is stopped, and other tests can run meanwhile."""
+    runs = []
+    for accident in ("stop", "hang"):
+        folder = tmp_path_factory.mktemp(accident)
+        runs.append(Started(folder, [torchrun(*flags(folder, shards, ENDLESS, timeout=15), script=OBSERVED)], ACCIDENT=accident))
+    yield runs
+    for run in runs:
+        run.clear()
 
 
 @pytest.fixture(scope="module")
-def curves(shards, tmp_path_factory, stopped):
-    """The same 60 steps on 1, 2, 4 and 8 processes: the run, and the records of its processes. Of the 4, two machines have two
-    each, in so far as two launchers meet on the loopback."""
-    runs = {}
-    for processes in (1, 2, 4, 8):
+def curve(shards, tmp_path_factory, stopped_and_hung):
+    """A function that does the same 60 steps on some processes, at its first call for so many: the run, and the records of its
+    processes. Of 4 processes, two machines have two each, in so far as two launchers meet on the loopback."""
+    @functools.cache
+    def of(processes):
         folder = tmp_path_factory.mktemp(f"processes{processes}")
         arguments = flags(folder, shards)
-        commands = [forked(*[dict(script=OBSERVED, flags=arguments)] * processes)]
+        commands = [forked([dict(script=OBSERVED, flags=arguments)] * processes)]
         if processes == 2:
             commands = [torchrun(*arguments, script=OBSERVED)]
         elif processes == 4:
             commands = [torchrun(*arguments, script=OBSERVED, options=options) for options in [two_machines()] * 2]
         run = Started(folder, commands, RECORD=str(folder)).end()
         assert run.codes == [0] * len(commands), run.errors
-        runs[processes] = run, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-    return runs
+        return run, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+    return of
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_weights_begin_alike_and_stay_alike_on_all_processes(curves, processes):
+def test_weights_begin_alike_and_stay_alike_on_all_processes(curve, processes):
     """Bit for bit: processes that drift apart by a rounding train different networks in the end."""
-    records = curves[processes][1]
-    assert {record["initial weights"] for record in records} == {curves[1][1][0]["initial weights"]}
+    records = curve(processes)[1]
+    assert {record["initial weights"] for record in records} == {curve(1)[1][0]["initial weights"]}
     assert len({record["final weights"] for record in records}) == 1
     assert records[0]["initial weights"] != records[0]["final weights"]
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_processes_share_the_sequences_of_one(curves, processes):
+def test_processes_share_the_sequences_of_one(curve, processes):
     """Inputs and targets, each exactly once and at the same step."""
-    alone, records = curves[1][1][0], curves[processes][1]
+    alone, records = curve(1)[1][0], curve(processes)[1]
     assert len(alone["sequences"]) == 60 * 8
     taken_in_turn = [sequence for turn in zip(*(record["sequences"] for record in records), strict=True) for sequence in turn]
     assert taken_in_turn == alone["sequences"]
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_losses_are_those_of_one_process(curves, processes):
+def test_losses_are_those_of_one_process(curve, processes):
     """Each step's loss and each validation's, by the numbers of which the log shows four digits."""
-    alone, records = curves[1][1][0], curves[processes][1]
+    alone, records = curve(1)[1][0], curve(processes)[1]
     for kind, count in (("losses", 60), ("validations", 4)):
         assert len(alone[kind]) == count and alone[kind][-1] < alone[kind][0] - 0.5
         for record in records:
@@ -252,16 +256,16 @@ def test_losses_are_those_of_one_process(curves, processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_clean_end(curves, processes):
+def test_clean_end(curve, processes):
     """Exit code 0, nothing on stderr, the process group left, nobody there any more, one log."""
-    run, records = curves[processes]
+    run, records = curve(processes)
     assert not any(run.errors) and not run.survivors
     assert not any(record["group is left"] for record in records)
     assert [path.name for path in (run.folder / "logs").iterdir()] == ["run.txt"]
     assert body(run.log)[-1].startswith("peak memory")
     if processes in (1, 8):
         codes = json.loads((run.folder / "out0").read_text().splitlines()[-1])
-        assert codes == [0] * processes
+        assert codes == [[0] * processes]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -486,9 +490,9 @@ def test_network_of_several_gpus_is_compiled_in_parts_whose_gradients_leave_earl
 # Several machines
 
 
-def test_two_machines_write_one_log_and_print_each_line_once(curves):
+def test_two_machines_write_one_log_and_print_each_line_once(curve):
     """Of the four processes, two are the second launcher's; the curve is looked at above."""
-    run, _ = curves[4]
+    run, _ = curve(4)
     assert len(run.launchers) == 2
     printed = [(run.folder / f"out{number}").read_text() for number in range(2)]
     assert sorted(text.count("step:60/60 train_time") for text in printed) == [0, 1]
@@ -524,7 +528,7 @@ def on_two_hosts(two_hosts, *arguments):
         f"--rdzv_conf=is_host={1 - i}"))] for i, inside in enumerate(two_hosts)]
 
 
-def test_two_hosts_with_their_own_addresses(two_hosts, curves, start, shards, tmp_path):
+def test_two_hosts_with_their_own_addresses(two_hosts, curve, start, shards, tmp_path):
     """And their own network, which is all that they share: the first step's loss is that of one process."""
     run = start(on_two_hosts(two_hosts, *flags(tmp_path, shards, num_iterations=4)), RECORD=str(tmp_path)).end()
     assert run.codes == [0, 0] and not run.survivors, run.errors
@@ -534,7 +538,7 @@ def test_two_hosts_with_their_own_addresses(two_hosts, curves, start, shards, tm
     assert records[0]["final weights"] == records[1]["final weights"]
     assert records[0]["losses"] == records[1]["losses"] and len(records[0]["losses"]) == 4
     # The first step of any run is the same, whatever the number of steps; later ones have other learning rates.
-    assert records[0]["losses"][0] == pytest.approx(curves[1][1][0]["losses"][0], abs=1e-4)
+    assert records[0]["losses"][0] == pytest.approx(curve(1)[1][0]["losses"][0], abs=1e-4)
 
 
 def test_host_that_is_cut_off(two_hosts, start, shards, tmp_path):
@@ -556,47 +560,37 @@ def test_host_that_is_cut_off(two_hosts, start, shards, tmp_path):
 # Failures before the first step: processes that do not start from the same
 
 
-def two_of_two_machines(*processes):
-    """One process on each of two machines."""
-    return [forked(*(p | dict(environment=dict(GROUP_RANK=i, LOCAL_RANK=0)) for i, p in enumerate(processes)))]
-
-
-def assert_refused(run, *words):
-    """By all processes before anything is trained, with the same line on both machines."""
-    run.end()
-    (said,), codes = run.sentences, json.loads((run.folder / "out0").read_text().splitlines()[-1])
-    assert codes == [2, 2] and len(said) == 2 and said[0] == said[1], run.errors
-    for word in words:
-        assert word in said[0]
-    assert "Traceback" not in run.errors[0] and not run.survivors and not run.log
-
-
 OTHER = f"process 1 on machine 1 ({platform.node()})"
+REFUSED = dict(setting=("--head_lr 0.005", "0.004"), script=("script",), size=("train_1.bin", "7000", "7001"), missing=("train_1.bin",))
 
 
-def test_another_setting_on_one_machine(start, shards, tmp_path):
-    processes = [dict(script=SCRIPT, flags=flags(tmp_path, shards, head_lr=rate)) for rate in (0.004, 0.005)]
-    assert_refused(start(two_of_two_machines(*processes)), OTHER, "--head_lr 0.005", "0.004")
-
-
-def test_another_script_on_one_machine(start, shards, tmp_path):
-    copy = tmp_path / "train_gpt.py"
+@pytest.fixture(scope="module")
+def refused(shards, tmp_path_factory):
+    """Four runs on two machines with one process each, of which the second differs in something: exit codes and stderr."""
+    folder = tmp_path_factory.mktemp("refused")
+    copy = folder / "train_gpt.py"
     copy.write_text(SCRIPT.read_text() + "# one line more\n")
-    processes = [dict(script=script, flags=flags(tmp_path, shards)) for script in (SCRIPT, copy)]
-    assert_refused(start(two_of_two_machines(*processes)), OTHER, "script")
+    first = dict(script=SCRIPT, flags=flags(folder, shards))
+    second = dict(
+        setting=dict(script=SCRIPT, flags=flags(folder, shards, head_lr=0.005)), script=dict(script=copy, flags=flags(folder, shards)),
+        size=dict(script=SCRIPT, flags=flags(folder, machine_with_shards(folder / "size", (9000, 7000)))),
+        missing=dict(script=SCRIPT, flags=flags(folder, machine_with_shards(folder / "missing", (9000,)))))
+    pairs = [[p | dict(environment=dict(GROUP_RANK=i, LOCAL_RANK=0), errors=folder / f"{name}{i}") for i, p in enumerate((first, second[name]))]
+             for name in REFUSED]
+    run = Started(folder, [forked(*pairs)]).end()
+    assert run.codes == [0] and not run.survivors and not run.log, run.errors
+    codes = json.loads((folder / "out0").read_text().splitlines()[-1])
+    return {name: (pair, [(folder / f"{name}{i}").read_text() for i in range(2)]) for name, pair in zip(REFUSED, codes)}
 
 
-def test_another_size_of_a_shard_on_one_machine(start, tmp_path):
-    processes = [dict(script=SCRIPT, flags=flags(tmp_path, machine_with_shards(tmp_path / str(length), (9000, length))))
-                 for length in (7001, 7000)]
-    assert_refused(start(two_of_two_machines(*processes)), OTHER, "train_1.bin", "7000", "7001")
-
-
-def test_a_shard_that_one_machine_has_not(start, shards, tmp_path):
-    """Where the others remain, so that the run could start: the tokens are repeated."""
-    fewer = machine_with_shards(tmp_path / "fewer", (9000,))
-    processes = [dict(script=SCRIPT, flags=flags(tmp_path, files)) for files in (shards, fewer)]
-    assert_refused(start(two_of_two_machines(*processes)), OTHER, "train_1.bin")
+@pytest.mark.parametrize("difference", REFUSED)
+def test_another_start_on_one_machine_is_refused_by_all(refused, difference):
+    """Another setting, script, size of a shard; and a shard that is missing, though the run could do without: tokens repeat. All
+    end before anything is trained, with the same line on both machines."""
+    codes, (here, there) = refused[difference]
+    assert codes == [2, 2] and here == there and here.startswith("train_gpt.py: ") and here.count("\n") == 1
+    for words in (OTHER, *REFUSED[difference]):
+        assert words in here
 
 
 def test_a_machine_without_shards_by_torchrun(start, shards, tmp_path):
@@ -615,12 +609,6 @@ def test_a_machine_without_shards_by_torchrun(start, shards, tmp_path):
 def test_process_that_is_killed(start, shards, tmp_path):
     run = start([torchrun(*flags(tmp_path, shards, ENDLESS), script=OBSERVED)], ACCIDENT="kill").end()
     assert_ended_with(run, f"process 1 on {HERE}", "killed", "step 4")
-
-
-def test_process_that_hangs(start, shards, tmp_path):
-    """It still answers, but its work does not go on."""
-    run = start([torchrun(*flags(tmp_path, shards, ENDLESS, timeout=10), script=OBSERVED)], ACCIDENT="hang").end()
-    assert_ended_with(run, f"process 1 on {HERE}", "no progress", "10 s", "step 4")
 
 
 def test_interrupt_of_the_launcher(start, shards, tmp_path):
@@ -643,6 +631,11 @@ def test_request_to_end(start, shards, tmp_path):
     assert_ended_with(run.end(), "SIGTERM")
 
 
-def test_process_that_is_stopped(stopped):
-    """In the middle of a collective. The last of the tests here, since it was started first and takes longest."""
-    assert_ended_with(stopped.end(), f"process 1 on {HERE}", "stopped", "step 4")
+def test_process_that_hangs(stopped_and_hung):
+    """It still answers, but its work does not go on."""
+    assert_ended_with(stopped_and_hung[1].end(), f"process 1 on {HERE}", "no progress", "15 s", "step 4")
+
+
+def test_process_that_is_stopped(stopped_and_hung):
+    """In the middle of a collective."""
+    assert_ended_with(stopped_and_hung[0].end(), f"process 1 on {HERE}", "stopped", "step 4")
