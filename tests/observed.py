@@ -57,7 +57,7 @@ def observe():
 
 def suffer(what: str):
     armed = []
-    around(train_gpt.GradientReducer, "at", lambda _, reducer, step: armed.append(step) if step == 3 else None)
+    around(train_gpt, "set_schedule", lambda window, optimizers, step, *_: armed.append(step) if step == 3 else None)
 
     def accident(*_):
         if armed and what == "kill":
