@@ -832,26 +832,25 @@ def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int
         loss = model(*batch, window)
         loss.backward()
         return loss.detach()
-
     loss_sum = sum(machine.map(micro_step, batches))
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if machine.world_size > 1:
         for work in [dist.all_reduce(t, async_op=True) for t in (loss_sum, *grads)]:
             work.wait()
     torch._foreach_div_(grads, seqs_per_step)
-    for optimizer in optimizers:
-        optimizer.step()
+    list(machine.map(lambda optimizer: optimizer.step(), optimizers))
     model.zero_grad(set_to_none=True)
     return loss_sum / seqs_per_step
 
-@torch.no_grad()
 def validate(model, loader: DistributedDataLoader, window: Tensor, machine: Machine) -> float:
     """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=machine.device)
-    for index in range(machine.rank, loader.num_sequences, machine.world_size):
+    @torch.no_grad()
+    def loss_sum(index: int) -> Tensor:
         num_tokens = min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
-        total += model(*loader.sequence(index), window).double() * num_tokens
+        return model(*loader.sequence(index), window).double() * num_tokens
+    indices = range(machine.rank, loader.num_sequences, machine.world_size)
+    total = sum(machine.map(loss_sum, indices), torch.zeros((), dtype=torch.float64, device=machine.device))
     if machine.world_size > 1:
         dist.all_reduce(total)
     model.train()
