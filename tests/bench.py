@@ -7,9 +7,11 @@ measured bandwidth. Each figure is the median of several repetitions, with the f
 """
 
 import argparse
+import glob
 import itertools
 import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -147,6 +149,11 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
 
     micro_step = forward.median + backward.median
     step = micro_step * hp.seqs_per_step + update.median
+    if not machine.is_gpu:  # where a step's sequences run side by side
+        batches = [(ids, targets)] * hp.seqs_per_step
+        whole = bench.time(lambda: t.training_step(model, optimizers, batches, window, hp.seqs_per_step, machine))
+        bench.row("whole step", whole, hp.seqs_per_step * (forward_floor + backward_floor) + bench.floor(newton_schulz, moved))
+        step = whole.median
     flops = 3 * (hidden + head) + 3.5 * attention
     allocated, reserved = machine.peak_memory()
     return [
@@ -156,6 +163,27 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
         f"peak memory: {allocated} MiB allocated, {reserved} MiB reserved"
         + (f"; the model of memory says {t.memory_needed(network, hp, hp.train_seq_len) / 2**20:.0f} MiB" if machine.is_gpu else ""),
         f"warm-up, with compilation: {compile_seconds:.1f} s"]
+
+
+def time_to_target(folder: str, seeds: int = 3) -> str:
+    """Seconds of training until the tiny preset has reached nanoGPT's loss on tiny Shakespeare: runs whose last step is
+    where they do, in processes of their own."""
+    target, steps = 1.9087, 235
+    if not glob.glob(os.path.join(folder, "*train*.bin")):
+        return f"seconds to {target} on Shakespeare: skipped, for there are no shards in {folder} (--shakespeare FOLDER)"
+    found = []
+    with tempfile.TemporaryDirectory() as logs:
+        for seed in range(seeds):
+            flags = dict(preset="tiny", train_files=f"{folder}/*train*.bin", val_files=f"{folder}/*val*.bin", val_tokens=0,
+                         num_iterations=steps, val_loss_every=0, sample=0, seed=seed, log_dir=logs, run_id=seed)
+            subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *(f"--{name}={value}" for name, value in flags.items())],
+                           check=True, stdout=subprocess.DEVNULL)
+            last = re.findall(r"val_loss:([\d.]+) train_time:(\d+)ms", Path(logs, f"{seed}.txt").read_text())[-1]
+            found.append((int(last[1]) / 1000, float(last[0])))
+    times, losses = zip(*found)
+    return (f"seconds of training to {target} on Shakespeare, {steps} steps, median of {seeds} seeds: {statistics.median(times):.1f} "
+            f"({min(times):.1f} to {max(times):.1f}); loss {min(losses):.4f} to {max(losses):.4f}"
+            + ("" if max(losses) <= target else ", NOT reached by all"))
 
 
 def orthogonalisation_flops(rows: int, cols: int) -> float:
@@ -244,6 +272,8 @@ def main() -> int:
     where.add_argument("--gpu", action="store_true", help="the speedrun preset's shapes, on a CUDA GPU")
     where.add_argument("--cpu", action="store_true", help="the tiny preset's shapes")
     where.add_argument("--data", action="store_true", help="the loader and data/local_text.py")
+    parser.add_argument("--shakespeare", default=str(ROOT.parent / "shared/data/shakespeare"), help="folder of tiny Shakespeare's "
+                        "shards, as bytes, for the time to nanoGPT's loss (with --cpu; skipped where there are none)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1)")
     args, settings = parser.parse_known_args()  # the rest are train_gpt.py's flags, to change the shapes
     try:
@@ -269,7 +299,9 @@ def main() -> int:
     summary = whole_step(bench, hp, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         parts(bench, hp, vocab_size, folder)
-    print("\n" + "\n".join(summary))
+    print("\n" + "\n".join(summary), flush=True)
+    if args.cpu:
+        print(time_to_target(args.shakespeare))
     return 0
 
 
