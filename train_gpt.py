@@ -972,7 +972,7 @@ def train(hp: Hyperparameters, preset: str, machine: Machine) -> None:
             log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, machine))
         report(log, train_loader, network, hp, machine)
         if hp.sample and machine.rank == 0:
-            log.line("sample: " + sample(network, hp.sample, window, hp.seed))
+            log.line("sample: " + "".join(machine.map(lambda seed: sample(network, hp.sample, window, seed), [hp.seed])))
     finally:
         log.close()
 
