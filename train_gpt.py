@@ -321,8 +321,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         self.qkv = CastedLinear(dim, 3 * num_heads * head_dim, **fp8)
-        # One matmul, but three matrices for Muon, which has to orthogonalise each by itself.
-        self.qkv.weight = nn.Parameter(self.qkv.weight.detach().view(3, -1, dim))
+        self.qkv.weight = nn.Parameter(self.qkv.weight.detach().view(3, -1, dim))  # one matmul, three matrices for Muon
         self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.rotary = Rotary(head_dim, max_seq_len)
         self.c_proj = CastedLinear(num_heads * head_dim, dim, **fp8).zeroed()
@@ -587,8 +586,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
             metavar="X", choices=field.metadata.get("choices"), **(dict(nargs="?", const=True) if field.type is bool else {}),
             help=f"{field.metadata['meaning']} (default {field.default!r}{''.join(presets)})")
     given = vars(parser.parse_args(argv))
-    preset = given.pop("preset")
-    return Hyperparameters(**PRESETS[preset] | given), preset
+    return Hyperparameters(**PRESETS[preset := given.pop("preset")] | given), preset
 def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
     """Raise UserError at the first setting that cannot work, on this machine and with these processes."""
     if preset != "tiny" and not machine.is_gpu:
@@ -834,18 +832,17 @@ def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int
     loss_sum = sum((reducer.machine.map if len(batches) == 2 else map)(micro_step, range(len(batches))))
     reducer.finish(loss_sum)
     torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], seqs_per_step)
-    for optimizer in optimizers:
-        optimizer.step()
+    list(reducer.machine.map(lambda optimizer: optimizer.step(), optimizers))
     model.zero_grad(set_to_none=True)
     return loss_sum / seqs_per_step
-@torch.no_grad()
 def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: GradientReducer) -> float:
     """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=window.device)
-    for index in range(loader.rank, loader.num_sequences, loader.world_size):
-        num_tokens = min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
-        total += model(*loader.sequence(index), window).double() * num_tokens
+    @torch.no_grad()
+    def loss_sum(index: int) -> Tensor:
+        return model(*loader.sequence(index), window).double() * min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
+    indices = range(loader.rank, loader.num_sequences, loader.world_size)
+    total = sum(reducer.machine.map(loss_sum, indices), torch.zeros((), dtype=torch.float64, device=window.device))
     reducer.finish(total)
     model.train()
     return total.item() / loader.num_tokens
@@ -969,7 +966,7 @@ def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader, val_
         report(log, train_loader, network, hp, machine)
         if hp.sample and machine.rank == 0:
             with torch.compiler.set_stance("force_eager"):  # each length would be compiled
-                log.line("sample: " + sample(network, hp.sample, window, hp.seed))
+                log.line("sample: " + next(iter(machine.map(lambda seed: sample(network, hp.sample, window, seed), [hp.seed]))))
 def main(argv: list[str] | None = None) -> int:
     """Run with the flags in `argv` (default: the command line's). Returns the exit code: 2 for what the user can mend."""
     rank, local_rank, world_size = process_place()

@@ -8,10 +8,12 @@ measured bandwidth. Each figure is the median of several repetitions, with the f
 
 import argparse
 import functools
+import glob
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -116,7 +118,8 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
     optimizers = t.build_optimizers(network, hp, machine)
     model = compiled(network, machine)
     start = time.perf_counter()
-    t.warm_up(model, optimizers, hp, vocab_size, t.GradientReducer(network, optimizers, machine))
+    reducer = t.GradientReducer(network, optimizers, machine)
+    t.warm_up(model, optimizers, hp, vocab_size, reducer)
     machine.synchronize()
     compile_seconds = time.perf_counter() - start
 
@@ -150,6 +153,11 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
 
     micro_step = forward.median + backward.median
     step = micro_step * hp.seqs_per_step + update.median
+    if not machine.is_gpu:  # where a step's sequences run side by side
+        batches = [(ids, targets)] * hp.seqs_per_step
+        whole = bench.time(lambda: t.training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer))
+        bench.row("whole step", whole, hp.seqs_per_step * (forward_floor + backward_floor) + bench.floor(newton_schulz, moved))
+        step = whole.median
     flops = 3 * (hidden + head) + 3.5 * attention
     allocated, reserved = machine.peak_memory()
     return [
@@ -159,6 +167,27 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
         f"peak memory: {allocated} MiB allocated, {reserved} MiB reserved"
         + (f"; the model of memory says {t.memory_needed(network, hp, hp.train_seq_len) / 2**20:.0f} MiB" if machine.is_gpu else ""),
         f"warm-up, with compilation: {compile_seconds:.1f} s"]
+
+
+def time_to_target(folder: str, seeds: int = 3) -> str:
+    """Seconds of training until the tiny preset has reached nanoGPT's loss on tiny Shakespeare: runs whose last step is
+    where they do, in processes of their own."""
+    target, steps = 1.9087, 235
+    if not glob.glob(os.path.join(folder, "*train*.bin")):
+        return f"seconds to {target} on Shakespeare: skipped, for there are no shards in {folder} (--shakespeare FOLDER)"
+    found = []
+    with tempfile.TemporaryDirectory() as logs:
+        for seed in range(seeds):
+            flags = dict(preset="tiny", train_files=f"{folder}/*train*.bin", val_files=f"{folder}/*val*.bin", val_tokens=0,
+                         num_iterations=steps, val_loss_every=0, sample=0, seed=seed, log_dir=logs, run_id=seed)
+            subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *(f"--{name}={value}" for name, value in flags.items())],
+                           check=True, stdout=subprocess.DEVNULL)
+            last = re.findall(r"val_loss:([\d.]+) train_time:(\d+)ms", Path(logs, f"{seed}.txt").read_text())[-1]
+            found.append((int(last[1]) / 1000, float(last[0])))
+    times, losses = zip(*found)
+    return (f"seconds of training to {target} on Shakespeare, {steps} steps, median of {seeds} seeds: {statistics.median(times):.1f} "
+            f"({min(times):.1f} to {max(times):.1f}); loss {min(losses):.4f} to {max(losses):.4f}"
+            + ("" if max(losses) <= target else ", NOT reached by all"))
 
 
 def orthogonalisation_flops(rows: int, cols: int) -> float:
@@ -423,6 +452,8 @@ def main() -> int:
     where.add_argument("--dist", action="store_true", help="1, 2 and 4 processes on the CPU, and 8 GPUs on paper")
     parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1); with --dist for "
                         "each number of processes")
+    parser.add_argument("--shakespeare", default=str(ROOT.parent / "shared/data/shakespeare"), help="folder of tiny Shakespeare's "
+                        "shards, as bytes, for the time to nanoGPT's loss (with --cpu; skipped where there are none)")
     args, settings = parser.parse_known_args()  # the rest are train_gpt.py's flags, to change the shapes
     try:
         if not args.gpu:
@@ -454,7 +485,9 @@ def main() -> int:
     summary = whole_step(bench, hp, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         parts(bench, hp, vocab_size, folder)
-    print("\n" + "\n".join(summary))
+    print("\n" + "\n".join(summary), flush=True)
+    if args.cpu:
+        print(time_to_target(args.shakespeare))
     return 0
 
 

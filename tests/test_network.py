@@ -2,6 +2,7 @@
 training, and the full-size model traced on the meta device without a break."""
 
 import math
+import threading
 from unittest import mock
 
 import pytest
@@ -325,6 +326,37 @@ def test_optimizers_are_given_the_mean_gradient_of_a_step(documents):
     sum(net(*batch, window(2)) for batch in batches).div(3).backward()
     for name, p in net.named_parameters():
         torch.testing.assert_close(recorder.grads[name], p.grad, rtol=1e-4, atol=1e-6 * p.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("cores, sequences, side_by_side", [(1, 2, 1), (2, 2, 2), (5, 2, 2), (5, 3, 1)])
+def test_sequences_side_by_side_give_the_gradients_of_one_after_the_other(cores, sequences, side_by_side, documents, monkeypatch):
+    """And the loss of a step and of a validation. Three gradients are not added up as they come: the order would tell."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    machine = train_gpt.Machine(torch.device("cpu"), "a test", torch.float32)
+    net, threads, recorded = randomized(network(6, 256)), set(), {}
+    net.register_forward_hook(lambda *args: threads.add(threading.get_ident()))
+
+    class Recorder:
+        def step(self):
+            recorded.update({name: p.grad.clone() for name, p in net.named_parameters()})
+
+    class Loader:
+        rank, world_size, seq_len, num_sequences, num_tokens = 0, 1, 256, sequences, sequences * 256
+
+        def sequence(self, index):
+            return batches[index]
+
+    batches = [(documents(256, [0, 40], seed=seq), draw_targets(256, seq)) for seq in range(sequences)]
+    reducer = train_gpt.GradientReducer(net, [], machine)
+    loss = train_gpt.training_step(net, [Recorder()], batches, window(2), sequences, reducer)
+    assert len(threads) <= side_by_side and (threading.get_ident() in threads) == (side_by_side == 1)
+    losses = [net(*batch, window(2)) for batch in batches]
+    assert loss.item() == pytest.approx(sum(losses).item() / sequences, rel=1e-6)
+    assert train_gpt.validate(net, Loader(), window(2), reducer) == pytest.approx(loss.item(), rel=1e-5)
+    sum(losses).div(sequences).backward()
+    for name, p in net.named_parameters():
+        # A mixing weight's gradient is a sum of both signs, of which the order of the sequences decides the last digits.
+        torch.testing.assert_close(recorded[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_files_that_are_named_exist(path):
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--([a-z]\w+)", README))))
 def test_flags_that_are_named_exist(flag):
     """Each is a setting, or a flag of the other tools that are named."""
-    others = {"preset", "standalone", "nproc_per_node", "gpu", "cpu", "vs", "target", "plot", "help", "tokenizer", "dataset", "verify", "data", "jsonl", "out"}
+    others = {"preset", "shakespeare", "standalone", "nproc_per_node", "gpu", "cpu", "vs", "target", "plot", "help", "tokenizer", "dataset", "verify", "data", "jsonl", "out"}
     assert flag in {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)} | others
 
 
