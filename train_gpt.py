@@ -4,7 +4,7 @@ The recipe that took 8 H100 GPUs just under three minutes in January 2025, in on
 GPUs, on one, or on a CPU, and imports without running:
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py         the speedrun
-    python train_gpt.py --preset tiny                             a small model, in a minute on two CPU cores
+    python train_gpt.py --preset tiny                             a small model, in a minute and a half on two CPU cores
 
 Read from top to bottom: machine, FP8 matmul, Muon, attention, network, data, settings, processes, log, run. What has been
 seen, on which hardware, with which log: the results table of README.md.
@@ -29,7 +29,6 @@ BF16_PEAK_FLOPS = {  # dense, by the vendors' data sheets; the first name that i
 
 class UserError(Exception):
     """Something that the user can mend, in one sentence: what was found, where, and what to do."""
-
 def process_place() -> tuple[int, ...]:
     """This process's number, its number on this machine, and how many there are, as torchrun tells them."""
     return tuple(int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -57,7 +56,7 @@ class Machine:
             name = f"CPU, {model[1] if model else platform.machine()}, {torch.get_num_threads()} threads a process"
             if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's: keep freed memory,
                 for option in (-1, -2, -3):  # by the thresholds of trimming and mmap, and the padding; for
-                    mallopt(option, 1 << 28)  # fresh pages cost more than most of what is computed in them
+                    mallopt(option, 1 << (25 if option == -3 else 28))  # fresh pages cost more than most of what is computed in them
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # others imitate bfloat16, slowly
             return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
         if place[1] >= (count := torch.cuda.device_count()):
@@ -200,7 +199,9 @@ class Muon(torch.optim.Optimizer):
         shape, mine = group["params"][0].shape, [p for p in group["params"] if self.owner[p] == self.rank]
         updates = group["params"][0].new_zeros(group["share"], *shape, dtype=self.dtype)
         if mine:
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in mine]
+            for p in (p for p in mine if not self.state[p]):
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in mine]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
@@ -266,8 +267,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
     """Attention under a block mask with the kernel that the tensors' device has; shapes as in block_sparse_attention."""
     if q.device.type == "meta":
         return (q @ k.mT) @ v  # FlexAttention refuses the meta device, which asks for shapes and dtypes alone
-    kernel = block_sparse_attention if q.device.type == "cpu" else flex_attention
-    return kernel(q, k, v, block_mask=block_mask, scale=scale)
+    return (block_sparse_attention if q.device.type == "cpu" else flex_attention)(q, k, v, block_mask=block_mask, scale=scale)
 
 # ---------- Network: a GPT with rotary positions, value embeddings, U-net skips, and attention within documents and windows
 def norm(x: Tensor) -> Tensor:
@@ -552,7 +552,7 @@ class Hyperparameters:
     coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step")
     val_loss_every: int = setting(125, "steps between validations; 0 for the last alone", least=0)
     sample: int = setting(0, "tokens to write after training, at most", least=0)
-    timeout: int = setting(300, "seconds to wait for a process that does not answer, or does not go on", least=5)
+    timeout: int = setting(300, "seconds to wait for a process that does not answer or go on; longer than a step, or a validation", least=5)
     log_dir: str = setting("logs", "folder of the log")
     run_id: str = setting("", "name of the log, log_dir/RUN_ID.txt; made from the time when empty")
 
@@ -561,10 +561,10 @@ PRESETS = {
     "medium": dict(  # 350M by the same count, the shape of GPT-2 Medium, to 2.92
         num_layers=24, num_heads=8, model_dim=1024, train_seq_len=64 * 1024, num_iterations=6000, cooldown_frac=0.6,
         embed_lr=0.3, head_lr=0.004, scalar_lr=0.02, muon_lr=0.025),
-    "tiny": dict(  # 0.85M, for a minute on two CPU cores, and the shards of data/local_text.py
+    "tiny": dict(  # 0.85M, for a minute and a half on two CPU cores, and the shards of data/local_text.py
         train_files="data/local_text/train_*.bin", val_files="data/local_text/val_*.bin", val_tokens=65536, repeat=True,
         train_seq_len=1024, val_seq_len=2048, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=64, model_dim=96,
-        attention_free_layers=(4,), num_iterations=600, cooldown_frac=0.7, max_window=256, embed_lr=0.15, head_lr=0.004,
+        attention_free_layers=(4,), num_iterations=800, cooldown_frac=0.7, max_window=256, embed_lr=0.15, head_lr=0.004,
         scalar_lr=0.02, muon_lr=0.035, val_loss_every=100, sample=200)}
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str]:
@@ -661,7 +661,7 @@ class Watchdog(threading.Thread):
             self.look_until = min(self.look_until, time.monotonic() + 4)
             self.join(5)
         self.closed, self.failure = True, f"has failed: {str(error) or kind.__name__}".splitlines()[0] if error else ""
-        self.say(time.monotonic())
+        self.join(1), self.say(time.monotonic())  # its last word is this one, and no thread is left at the end
     def say(self, now: float) -> None:
         self.store.set(f"alive/{self.rank}", json.dumps([now, self.place, self.failure]))
     def run(self) -> None:
@@ -888,7 +888,6 @@ def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
         hidden = model.hidden(torch.tensor(padded, dtype=torch.int32, device=window.device), window)[len(seen) - 1]
         probabilities = model.logits(hidden)[:model.vocab_size].softmax(-1).cpu()
         tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-    model.train()
     tokens = [token for token in tokens if token != boundary]
     if boundary == 256:
         return bytes(tokens).decode(errors="replace")
@@ -975,16 +974,17 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.ExitStack() as at_exit:
             try:
                 run = prepare(argv)
-                facts = shared_facts(run[0], run[3:])
-            except (UserError, OSError) as error:
+                facts = shared_facts(run[0], run[3:]) | dict(device=run[2].device.type, activations=str(run[2].dtype))
+            except (UserError, OSError, torch.OutOfMemoryError) as error:
                 if world_size == 1:
                     raise
                 failure = str(error)  # the others have to hear of it
             if world_size > 1:
                 timeout = run[0].timeout if run else Hyperparameters.timeout
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # whose handler of Python's would wait as long as the store does
                 store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
                 watchdog = Watchdog(store, rank, agree(store, rank, world_size, facts, failure), timeout)
-                at_exit.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+                at_exit.callback(lambda: dist.is_initialized() and not watchdog.failure and dist.destroy_process_group())
                 at_exit.push(watchdog)
                 gpu = run[2].device if run[2].is_gpu else None
                 dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, device_id=gpu)
