@@ -461,11 +461,11 @@ def traceable(monkeypatch):
     """torch.compile without code generation, and an attention that can be traced on a CPU, since FlexAttention's backward cannot."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
-    monkeypatch.setattr(torch._inductor.config, "coordinate_descent_tuning", False)
     monkeypatch.setattr(train_gpt, "attention", lambda q, k, v, block_mask, scale: torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale))
-    yield
+    limit = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=limit), torch._inductor.config.patch(coordinate_descent_tuning=False):
+        yield  # pytest's own monkeypatch would take these settings away when it undoes what it did
     torch._dynamo.reset()
 
 
