@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 # ---------- Machine: every choice of device and precision is made here and flows from here
@@ -29,6 +30,8 @@ BF16_PEAK_FLOPS = {  # dense, by the vendors' data sheets; the first name that i
 
 class UserError(Exception):
     """Something that the user can mend, in one sentence: what was found, where, and what to do."""
+class Stopped(Exception):
+    """The end of a run before its last step, on all processes at the same one: the exit code, and a sentence for the first to say."""
 def process_place() -> tuple[int, ...]:
     """This process's number, its number on this machine, and how many there are, as torchrun tells them."""
     return tuple(int(os.environ.get(*variable)) for variable in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -70,6 +73,9 @@ class Machine:
             raise UserError(f"{name} has no bfloat16 (compute capability below 8.0); use an Ampere or newer GPU, or hide it with "
                             "CUDA_VISIBLE_DEVICES='' and train --preset tiny on the CPU.")
         return cls(device, name, torch.bfloat16, *place)
+    def activations(self, name: str) -> torch.dtype:
+        """The dtype of a setting's name, where auto is the machine's own."""
+        return self.dtype if name == "auto" else getattr(torch, name)
     @property
     def is_gpu(self) -> bool:
         """GPUs compile the network, and work while the host goes on; a CPU runs it as it is written."""
@@ -87,13 +93,13 @@ class Machine:
         """Wait until the device has done all that was asked of it."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
-    def read_later(self, value: Tensor):
-        """Start copying a 0-d tensor to the host. The function returned waits for that copy alone, and gives the float."""
+    def read_later(self, values: Tensor):
+        """Start copying a tensor to the host. The function returned waits for that copy alone, and gives its numbers."""
         if not self.is_gpu:
-            return value.item
-        host, copied = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True), torch.cuda.Event()
+            return values.tolist
+        host, copied = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True), torch.cuda.Event()
         copied.record()
-        return lambda: (copied.synchronize(), host.item())[1]
+        return lambda: (copied.synchronize(), host.tolist())[1]
     def peak_memory(self) -> tuple[int, int]:
         """Peak memory in MiB, (allocated, reserved); on a CPU the most that was ever resident, twice."""
         if self.is_gpu:
@@ -166,7 +172,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the hidden matrices of a network.
     Parameters of one shape are a group, of which every process takes an equal share (the last ones perhaps less): it reads the
     gradients of those p alone for which owner[p] is its rank, keeps their momentum, and orthogonalises their updates in one
-    batched call. While the results of one group are being gathered, the next group is being computed.
+    batched call. While the results of one group are being gathered, the next ones are being computed.
     params: of two or more dimensions, the last two being the matrix. lr: length of a step, times a parameter's attribute `lr_mul`,
     and times sqrt(rows / cols) for a tall matrix, for the same change in what it puts out. rank, world_size: this process, of
     how many. dtype: of the orthogonalisation; bfloat16 is precise enough to train with."""
@@ -177,27 +183,26 @@ class Muon(torch.optim.Optimizer):
             if p.ndim < 2:
                 raise ValueError(f"Muon is for matrices; give the parameter of shape {tuple(p.shape)} to Adam")
             groups.setdefault((p.shape, p.dtype, p.device), []).append(p)
-        super().__init__([dict(params=group, share=math.ceil(len(group) / world_size)) for group in groups.values()],
-                         dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps))
+        super().__init__([dict(params=group) for group in groups.values()], dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps))
         self.rank, self.world_size, self.dtype = rank, world_size, dtype
-        self.owner = {p: i // group["share"] for group in self.param_groups for i, p in enumerate(group["params"])}
+        self.owner = {p: i // self.share(group) for group in self.param_groups for i, p in enumerate(group["params"])}
+    def share(self, group: dict) -> int:
+        """How many of a group's parameters a process takes, at most."""
+        return math.ceil(len(group["params"]) / self.world_size)
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
-        travelling = []  # the group before, whose updates are on their way while the next one's are computed
-        for group in [*self.param_groups, None]:
-            arriving, travelling = travelling, [(group["params"], group["lr"], *self.orthogonal_updates(group))] if group else []
-            for params, lr, updates, work in arriving:
-                if work:
-                    work.wait()
-                tall = max(1, updates.size(-2) / updates.size(-1)) ** 0.5
-                for p, update in zip(params, updates):
-                    p.add_(update, alpha=-lr * getattr(p, "lr_mul", 1.0) * tall)
+        for group, updates, work in [(group, *self.orthogonal_updates(group)) for group in self.param_groups]:
+            if work:
+                work.wait()
+            tall = max(1, updates.size(-2) / updates.size(-1)) ** 0.5
+            for p, update in zip(group["params"], updates):
+                p.add_(update, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * tall)
     def orthogonal_updates(self, group: dict) -> tuple:
         """Advance the momentum of this process's share of a group, and gather what all processes make of theirs: the
         updates (n, *shape), zero-padded at the end, and what to wait for before they are read."""
         shape, mine = group["params"][0].shape, [p for p in group["params"] if self.owner[p] == self.rank]
-        updates = group["params"][0].new_zeros(group["share"], *shape, dtype=self.dtype)
+        updates = group["params"][0].new_zeros(self.share(group), *shape, dtype=self.dtype)
         if mine:
             for p in (p for p in mine if not self.state[p]):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -208,28 +213,37 @@ class Muon(torch.optim.Optimizer):
             updates[:len(mine)] = zeropower_via_newtonschulz5(torch.stack(ahead), group["ns_steps"], self.dtype)
         if self.world_size == 1:
             return updates, None
-        gathered = updates.new_empty(group["share"] * self.world_size, *shape)
+        gathered = updates.new_empty(len(updates) * self.world_size, *shape)
         return gathered, all_gather(gathered, updates, async_op=True)
+    def whole_state_dict(self) -> dict:
+        """`state_dict` with the momentum of all processes, who have to call it together; `load_state_dict` takes it on any number."""
+        whole = self.state_dict()
+        for i, p in enumerate(self.owner):  # in the order of the groups, as state_dict numbers them
+            if self.world_size > 1:
+                buffer = self.state[p]["momentum_buffer"] if self.owner[p] == self.rank else torch.empty_like(p)
+                dist.broadcast(buffer, self.owner[p])
+                whole["state"][i] = dict(momentum_buffer=buffer)
+        return whole
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over what was saved, of the momentum this process's share alone."""
+        super().load_state_dict(state_dict)
+        for p in [p for p in self.state if self.owner[p] != self.rank]:
+            del self.state[p]
 
 # ---------- Attention: FlexAttention's kernel on a GPU; on a CPU, where that has no backward pass, one for the same BlockMask
 BLOCK = 128  # tokens; masks, windows and sequences are made of such blocks
 def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | None]:
     """A BlockMask in the form that batched matmuls want, worked out once and kept with it: for n query blocks that see at
-    most K key blocks each, those blocks' numbers (n, K), filled up with zeros; what to add to the scores, float32
+    most K key blocks each, those blocks' numbers (n, K), filled up with others; what to add to the scores, float32
     (n, 128, K * 128), zero or minus infinity; which queries see anything, (T, 1), or None where all do."""
     if not hasattr(block_mask, "plan"):
-        partial, partial_index = block_mask.kv_num_blocks[0, 0, :, None], block_mask.kv_indices[0, 0].long()
-        full, full_index = torch.zeros_like(partial), partial_index[:, :0]
-        if block_mask.full_kv_num_blocks is not None:
-            full, full_index = block_mask.full_kv_num_blocks[0, 0, :, None], block_mask.full_kv_indices[0, 0].long()
-        slot = torch.arange(max(1, int((partial + full).max())), device=partial.device)  # first the partial, then the full
-        listed, masked = slot < partial + full, slot < partial
-        column = torch.where(masked, slot, partial_index.size(1) + slot - partial).where(listed, 0)
-        blocks = torch.cat([partial_index, full_index], dim=1).gather(1, column).where(listed, 0)
-        token = torch.arange(len(partial) * BLOCK, dtype=torch.int32, device=partial.device).view(-1, BLOCK)
+        listed, blocks = block_mask.to_dense()[0, 0].bool().sort(dim=-1, descending=True, stable=True)
+        listed, blocks = (t[:, :max(1, int(listed.sum(-1).max()))] for t in (listed, blocks))
+        token = torch.arange(len(blocks) * BLOCK, dtype=torch.int32, device=blocks.device).view(-1, BLOCK)
         zero = token.new_zeros(())
-        allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None]) | ~masked[:, None, :, None]
-        allowed = (allowed & listed[:, None, :, None]).expand(-1, BLOCK, -1, BLOCK).flatten(2)
+        # In full blocks, too: their mask is true throughout, so asking it is as good as knowing that they are full.
+        allowed = block_mask.mask_mod(zero, zero, token[:, :, None, None], token[blocks][:, None]) & listed[:, None, :, None]
+        allowed = allowed.expand(-1, BLOCK, -1, BLOCK).flatten(2)
         sees = allowed.any(-1, keepdim=True)
         bias = torch.zeros(allowed.shape, device=token.device).masked_fill_(~allowed & sees, float("-inf"))
         block_mask.plan = blocks, bias, None if sees.all() else sees.view(-1, 1)
@@ -505,6 +519,11 @@ class DistributedDataLoader:
             pieces.append(self.shards[shard][start % self.total - self.starts[shard]:][:count])
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
+    def whereabouts(self, first: int, count: int) -> str:
+        """For people: `count` sequences from `first` on, and the shards that their tokens come from."""
+        tokens = range(first * self.seq_len, (first + count) * self.seq_len, BLOCK)
+        files = dict.fromkeys(self.files[bisect.bisect_right(self.starts, token % self.total) - 1] for token in tokens)
+        return f"sequences {first} to {first + count - 1}, tokens {tokens[0]} to {tokens[-1] + BLOCK - 1}, in {' and '.join(files)}"
     def sequence(self, index: int) -> tuple[Tensor, Tensor]:
         """Sequence `index` on the device: inputs (seq_len,) int32 and targets (seq_len,) int64."""
         tokens = torch.from_numpy(self.read(index * self.seq_len, self.seq_len + 1).view(np.int16))
@@ -520,18 +539,19 @@ class DistributedDataLoader:
         return self.sequence(index)
 
 # ---------- Settings: one dataclass, whose fields are the flags
-def setting(default, meaning: str, **limits):
-    """A field with its meaning, for --help, and its limits: least, most, multiple_of, choices."""
-    return dataclasses.field(default=default, metadata=dict(meaning=meaning, **limits))
+def setting(default, meaning: str, **more):
+    """A field with its meaning, for --help, and its limits: least, most, multiple_of, choices. aside: the training's course does not
+    depend on it, so that a run may be resumed with another."""
+    return dataclasses.field(default=default, metadata=dict(meaning=meaning, **more))
 
 @dataclasses.dataclass
 class Hyperparameters:
     """All that a run depends on besides the machine. The defaults are the speedrun."""
-    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, a glob")
-    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, a glob")
-    val_tokens: int = setting(10485760, "tokens to validate on; 0 for all that there are", least=0)
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, a glob", aside=True)
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, a glob", aside=True)
+    val_tokens: int = setting(10485760, "tokens to validate on; 0 for all that there are", least=0, aside=True)
     train_seq_len: int = setting(48 * 1024, "tokens of a training sequence, one micro-step", least=BLOCK, multiple_of=BLOCK)
-    val_seq_len: int = setting(64 * 1024, "tokens of a validation sequence", least=BLOCK, multiple_of=BLOCK)
+    val_seq_len: int = setting(64 * 1024, "tokens of a validation sequence", least=BLOCK, multiple_of=BLOCK, aside=True)
     seqs_per_step: int = setting(8, "sequences of a step, which the processes share", least=1)
     repeat: bool = setting(False, "begin again when the training tokens are used up")
     num_layers: int = setting(12, "layers", least=6)
@@ -547,14 +567,18 @@ class Hyperparameters:
     scalar_lr: float = setting(0.04, "learning rate of the mixing weights (Adam)", least=0)
     muon_lr: float = setting(0.05, "learning rate of the hidden matrices (Muon)", least=0)
     seed: int = setting(0, "seed of the initial weights and of the sample", least=0, most=2**63 - 1)
-    dtype: str = setting("auto", "of the activations; auto is the machine's faster", choices=("auto", "bfloat16", "float32"))
+    dtype: str = setting("auto", "of the activations; auto is the machine's faster", choices=("auto", "bfloat16", "float32"), aside=True)
     fp8: str = setting("head", "matmuls in FP8, where the GPU can; all adds the hidden", choices=("none", "head", "all"))
-    coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step")
-    val_loss_every: int = setting(125, "steps between validations; 0 for the last alone", least=0)
-    sample: int = setting(0, "tokens to write after training, at most", least=0)
-    timeout: int = setting(300, "seconds to wait for a process that does not answer or go on; longer than a step, or a validation", least=5)
-    log_dir: str = setting("logs", "folder of the log")
-    run_id: str = setting("", "name of the log, log_dir/RUN_ID.txt; made from the time when empty")
+    coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step", aside=True)
+    val_loss_every: int = setting(125, "steps between validations; 0 for the last alone", least=0, aside=True)
+    sample: int = setting(0, "tokens to write after training, at most", least=0, aside=True)
+    timeout: int = setting(300, "seconds to wait for a process that does not answer or go on; longer than a step, or a validation", least=5, aside=True)
+    save_every: int = setting(0, "steps between checkpoints, log_dir/RUN_ID/step_*.pt; 0 for none", least=0, aside=True)
+    keep: int = setting(2, "how many checkpoints to keep, the newest", least=1, aside=True)
+    resume: str = setting("", "checkpoint to go on from; auto: the newest whole one of RUN_ID, or the beginning", aside=True)
+    eval_only: bool = setting(False, "validate the checkpoint of --resume, write its sample, and end", aside=True)
+    log_dir: str = setting("logs", "folder of the log", aside=True)
+    run_id: str = setting("", "name of the log, log_dir/RUN_ID.txt; made from the time when empty", aside=True)
 
 PRESETS = {
     "speedrun": {},  # 124M parameters as GPT-2 counts them, to 3.28
@@ -600,6 +624,8 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
             raise UserError(f"--{field.name} is {value}, and has to be {wanted}{f' and at most {most}' if most < math.inf else ''}.")
     if not set(hp.attention_free_layers) <= set(range(hp.num_layers)):
         raise UserError(f"--attention_free_layers is {hp.attention_free_layers}, and the layers are 0 to {hp.num_layers - 1}.")
+    if hp.eval_only and not hp.resume or hp.resume == "auto" and not hp.run_id:
+        raise UserError("which checkpoint is meant? --eval_only needs --resume, and --resume auto needs --run_id.")
     if hp.seqs_per_step % machine.world_size:
         raise UserError(f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step evenly; give --seqs_per_step a "
                         f"multiple of {machine.world_size}, or --nproc_per_node a divisor.")
@@ -615,11 +641,19 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
     return next_multiple_of_n((hp.max_window - BLOCK // 2) * step / hp.num_iterations, n=BLOCK) // BLOCK
 
 # ---------- Processes: those of one run start from the same, add up their gradients, and end together
-def shared_facts(hp: Hyperparameters, loaders: tuple[DistributedDataLoader, ...]) -> dict[str, str]:
-    """What all processes have to have in common, by names for people. Files may lie elsewhere on each machine."""
-    settings = {f"--{name}": str(value) for name, value in dataclasses.asdict(hp).items() if not name.endswith(("_files", "_dir", "_id"))}
-    shards = {f"tokens in {Path(file).name}": str(len(shard)) for loader in loaders for file, shard in zip(loader.files, loader.shards)}
-    return settings | shards | dict(script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), torch=torch.__version__)
+def run_facts(hp: Hyperparameters, machine: Machine, train_loader, val_loader) -> tuple[dict[str, str], dict[str, str]]:
+    """What the training's course depends on, which a run that is resumed has to have in common with the one before; and what
+    else all processes of a run have to. By names for people; files may lie elsewhere on each machine."""
+    course, else_, fields = {}, {}, [field for field in dataclasses.fields(hp) if not field.name.endswith(("_files", "_dir", "_id"))]
+    for field in fields:
+        (else_ if field.metadata.get("aside") else course)[f"--{field.name}"] = str(getattr(hp, field.name))
+    for facts, loader in ((course, train_loader), (else_, val_loader)):
+        facts.update({f"tokens in {Path(file).name}": str(len(shard)) for file, shard in zip(loader.files, loader.shards)})
+    course |= dict(vocabulary=str(train_loader.vocab_size), activations=str(machine.activations(hp.dtype)))
+    return course, else_ | dict(script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), torch=str(torch.__version__), device=machine.device.type)
+def difference(one: dict[str, str], other: dict[str, str]) -> tuple[str, str | None, str | None] | None:
+    """The first name whose facts differ, and both facts."""
+    return next(((name, one.get(name), other.get(name)) for name in one | other if one.get(name) != other.get(name)), None)
 def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str) -> list[str]:
     """Tell the other processes what this one starts from, or why it cannot start, and hear them. Returns the names of their
     machines. Raises UserError, in all processes alike, where one cannot start, is missing, or differs from process 0."""
@@ -633,43 +667,65 @@ def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str
     for other, (host, failure, facts) in enumerate(said):
         if failure:
             raise UserError(failure if all(failure == each for _, each, _ in said) else f"process {other} on {host}: {failure}")
-        for name in said[0][2] | facts:
-            if facts.get(name) != (expected := said[0][2].get(name)):
-                raise UserError(f"process {other} on {host} has {name} {facts.get(name)}, and process 0 has {expected}; give them the same.")
+        if found := difference(said[0][2], facts):
+            name, expected, there = found
+            raise UserError(f"process {other} on {host} has {name} {there}, and process 0 has {expected}; give them the same.")
     return [host for host, *_ in said]
 
-class Watchdog(threading.Thread):
+class Signals:
+    """SIGINT and SIGTERM: the first asks the run to stop after its step. One that comes outside of the steps, and a second one, end
+    it at once; torchrun passes on what the terminal has sent to all, so that a second one within a second is the same."""
+    def __init__(self, handler=None):
+        self.place, self.asked, self.since = -1, 0, 0.0  # place: -1 before the steps; infinity after them
+        main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python has no handlers
+        self.before = {number: signal.signal(number, handler or self.receive) for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    def __enter__(self) -> "Signals":
+        return self
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+    def receive(self, number: int, frame=None) -> None:
+        if not 0 <= self.place < math.inf or self.asked and time.monotonic() - self.since > 1:
+            self.end_at_once(number)
+        elif not self.asked:
+            self.asked, self.since = number, time.monotonic()
+    def end_at_once(self, number: int) -> None:
+        raise KeyboardInterrupt(number)
+
+class Watchdog(Signals, threading.Thread):
     """Ends this process, with a line, when another one has died or hangs, for which collectives would wait in vain. Twice a second
     every process tells the others, through the launcher's store, that it lives, its `place`, which grows with what the main
     thread does, and the error that ends it. Who says nothing for `timeout` seconds is dead, stopped or cut off; where no place
     changes, those behind the others hang. Signals come to this thread, since the main one may wait where Python cannot interrupt
-    it: SIGINT ends the process at once; SIGTERM, which torchrun sends when it has lost a process, after a look for that one."""
+    it; they let it look for a lost process at once, for torchrun sends SIGTERM when it has lost one."""
     def __init__(self, store, rank: int, hosts: list[str], timeout: float):
-        super().__init__(daemon=True)
+        threading.Thread.__init__(self, daemon=True)
+        Signals.__init__(self, lambda *_: None)
         self.store, self.rank, self.hosts, self.timeout = store.clone(), rank, hosts, timeout
-        self.place, self.failure, self.look_until, self.closed = -1, "", math.inf, False  # -1: compiling, for who knows how long
+        self.failure, self.look_until, self.closed = "", 0.0, False
         self.signals, written = os.pipe()
         os.set_blocking(written, False)
         signal.set_wakeup_fd(written)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
         self.say(0)
         self.start()
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         """The main thread ends: by the loss of another process, which is named, without return; or the others hear of its error."""
         if isinstance(error, RuntimeError):
-            self.look_until = min(self.look_until, time.monotonic() + 4)
+            self.look_until = time.monotonic() + 4
             self.join(5)
+        if isinstance(error, Stopped):
+            self.place, error = math.inf, None  # the others stop as well
         self.closed, self.failure = True, f"has failed: {str(error) or kind.__name__}".splitlines()[0] if error else ""
         self.join(1), self.say(time.monotonic())  # its last word is this one, and no thread is left at the end
     def say(self, now: float) -> None:
         self.store.set(f"alive/{self.rank}", json.dumps([now, self.place, self.failure]))
     def run(self) -> None:
-        ranks, received, since, moved = range(len(self.hosts)), b"", [0.0] * len(self.hosts), 0.0
+        ranks, since, moved = range(len(self.hosts)), [0.0] * len(self.hosts), 0.0
         heard = [[None, -1, ""]] * len(ranks)
         while not self.closed:
             if select.select([self.signals], [], [], 0.5)[0]:
-                received, self.look_until = received + os.read(self.signals, 1), min(self.look_until, time.monotonic() + 4)
+                self.look_until = time.monotonic() + 4
+                self.receive(os.read(self.signals, 1)[0])
             before, now = heard, time.monotonic()
             overdue = threading.Timer(self.timeout, self.end, ("the launcher of process 0 does not answer", 1))
             overdue.start()  # of a machine that is cut off there comes no answer at all, not even an error
@@ -682,16 +738,14 @@ class Watchdog(threading.Thread):
             since = [since[rank] if heard[rank] == before[rank] else now for rank in ranks]
             _, places, failures = zip(*heard)
             moved = moved if places == tuple(place for _, place, _ in before) else now
-            silence = 2.5 if self.look_until < math.inf else self.timeout  # while it looks for a loss, a shorter one is enough
-            if signal.SIGINT in received:
-                self.end("stopped by the keyboard", 128 + signal.SIGINT)
+            silence = 2.5 if now < self.look_until else self.timeout  # while it looks for a loss, a shorter one is enough
             if lost := [rank for rank in ranks if failures[rank] or now - since[rank] > silence and places[rank] < math.inf]:
                 known = failures[lost[0]] and self.hosts[lost[0]] == self.hosts[self.rank]  # where it was said by the process itself
                 self.end(failures[lost[0]] or "gave no answer: killed, stopped or cut off", 1, lost, places, shown=not known)
             if 0 <= self.place < math.inf and now - moved > self.timeout:
                 self.end(f"made no progress for {self.timeout} s", 1, [rank for rank in ranks if places[rank] == min(places)], places)
-            if signal.SIGTERM in received and now > self.look_until:
-                self.end("stopped by SIGTERM", 128 + signal.SIGTERM)
+    def end_at_once(self, number: int) -> None:
+        self.end(f"stopped by {signal.Signals(number).name}", 128 + number)
     def end(self, reason: str, code: int, culprits: list[int] | tuple = (), places: tuple = (), shown: bool = True) -> None:
         """Say why, once a machine, and leave without waiting for what cannot end."""
         here = {rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]}
@@ -705,8 +759,8 @@ class Watchdog(threading.Thread):
 class GradientReducer:
     """Adds up gradients over the processes, each as soon as the backward pass has it (the step's `last`): a matrix of Muon's where
     it will be orthogonalised, which takes half the bytes, the others everywhere; what is small together, by the megabyte."""
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine, watchdog: Watchdog | None = None):
-        self.machine, self.watchdog = machine, watchdog or argparse.Namespace(place=0)
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine, signals: Signals | None = None):
+        self.machine, self.signals = machine, signals or argparse.Namespace(place=0, asked=0)
         self.last, self.small, self.in_flight = False, {}, []
         self.owner = {p: rank for muon in optimizers if isinstance(muon, Muon) for p, rank in muon.owner.items()}
         for p in model.parameters() if machine.world_size > 1 else ():
@@ -726,10 +780,10 @@ class GradientReducer:
             flat = torch.cat([t.flatten() for t in self.small.pop(t.dtype)])
             self.in_flight.append((dist.all_reduce(flat, async_op=True), flat, bucket))
     def finish(self, total: Tensor) -> None:
-        """Send off what is left, add up `total`, 0-d, as well, and wait until all sums are there."""
+        """Send off what is left, add up `total`, a small tensor, as well, and wait until all sums are there."""
         for t in [*(bucket.pop() for bucket in self.small.values() if bucket), total] if self.machine.world_size > 1 else ():
             self.collect(t, full=0)
-        self.watchdog.place += self.watchdog.place >= 0
+        self.signals.place += self.signals.place >= 0
         for work, flat, bucket in self.in_flight:
             work.wait()
             for t, part in zip(bucket, flat.split([t.numel() for t in bucket]) if bucket else ()):
@@ -738,68 +792,186 @@ class GradientReducer:
 
 # ---------- Log: this script, versions, hardware and settings; then a line for each step and validation
 class RunLog:
-    """Keeps the clock of the training, and writes, on the first process alone, log_dir/RUN_ID.txt and what a person sees:
-    a bar on a terminal, plain lines elsewhere. Raises UserError where the file cannot be made."""
-    def __init__(self, hp: Hyperparameters, machine: Machine, facts: dict):
-        self.machine, self.num_iterations = machine, hp.num_iterations
-        self.pending = None  # a step whose loss may still be on its way
-        self.trained_ms, self.since = 0.0, None  # before the clock was last started; when that was
-        path = Path(hp.log_dir, f"{hp.run_id or time.strftime('%Y-%m-%d_%H%M%S_') + os.urandom(3).hex()}.txt")
+    """Keeps the clock of the training, and writes, on the first process alone, log_dir/RUN_ID.txt and what a person sees: a bar on
+    a terminal, plain lines elsewhere. A resumed run continues its log from where the checkpoint was written; --eval_only writes
+    none. Raises UserError where the file cannot be made, and Stopped, from `step` or `stop_clock`, at a loss that is not finite."""
+    def __init__(self, hp: Hyperparameters, machine: Machine, facts: dict, loader: DistributedDataLoader, checkpoint: dict | None):
+        self.machine, self.hp, self.loader = machine, hp, loader
+        self.saved = checkpoint["path"] if checkpoint else ""  # the newest whole checkpoint
+        self.pending, self.stops = None, 0  # a step whose loss may still be on its way; how many processes were asked to stop
+        self.since, self.unwritten, self.complaints = None, b"", set()  # when the clock was last started; what a full disk refused
+        before = checkpoint["log"] if checkpoint else dict(run_id="", length=0, trained_ms=0.0, best=math.inf)
+        self.run_id = hp.run_id or before["run_id"] or time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
+        self.length, self.trained_ms, self.best = 0, before["trained_ms"], before["best"]  # in bytes; before `since`; val_loss
+        self.folder, path = Path(hp.log_dir, self.run_id), Path(hp.log_dir, f"{self.run_id}.txt")
+        continued = before["run_id"] == self.run_id and path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "x", buffering=1) if machine.rank == 0 else open(os.devnull, "w")  # buffered by lines
+            if hp.resume == "auto" and not checkpoint and path.exists() and machine.rank == 0:  # cut before its first checkpoint
+                path.rename(path.with_suffix(time.strftime(".cut_%Y-%m-%d_%H%M%S")))
+            silent = machine.rank > 0 or hp.eval_only
+            self.file = open(os.devnull if silent else path, "wb" if silent else "r+b" if continued else "xb", buffering=0)
         except OSError as error:
             raise UserError(f"the log {path} cannot be made ({error.strerror}); choose another --run_id or --log_dir.") from None
-        self.bar = tqdm(total=hp.num_iterations, unit="step", dynamic_ncols=True, disable=machine.rank > 0 or not sys.stderr.isatty())
-        source = Path(__file__).read_text()
-        gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout if machine.is_gpu else ""
-        about = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, hardware=machine.name,
-                     world_size=machine.world_size, code_sha256=hashlib.sha256(source.encode()).hexdigest()) | facts | dataclasses.asdict(hp)
-        self.file.write("\n".join([source, "=" * 100, gpus, *(f"{name}: {value}" for name, value in about.items()), "=" * 100, ""]))
-        self.line(f"log: {path}")
+        self.bar = tqdm(total=hp.num_iterations, initial=checkpoint["step"] if checkpoint else 0, unit="step", dynamic_ncols=True,
+                        disable=machine.rank > 0 or hp.eval_only or not sys.stderr.isatty())
+        if continued and not silent:
+            self.length = min(before["length"], os.path.getsize(path))
+            self.file.truncate(self.length)
+            self.file.seek(self.length)
+        else:
+            source = Path(__file__).read_text()
+            gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout if machine.is_gpu else ""
+            about = dict(python=platform.python_version(), cuda=torch.version.cuda, hardware=machine.name, world_size=machine.world_size)
+            about |= facts | dataclasses.asdict(hp)
+            self.write("\n".join([source, "=" * 100, gpus, *(f"{name}: {value}" for name, value in about.items()), "=" * 100, ""]))
+        if not hp.eval_only:
+            self.line(f"log: {path}")
+        if checkpoint:
+            self.line(f"resumed from {self.saved}: step {checkpoint['step']}, world_size {machine.world_size}, {machine.name}, torch {torch.__version__}, "
+                      f"script {facts['script'][:12]}" + "".join(f"; passed over: {found}" for found in checkpoint["defects"]))
     def start_clock(self) -> None:
-        self.machine.synchronize()
-        self.since = time.perf_counter()
+        """Start it, or let it go on."""
+        if self.since is None:
+            self.machine.synchronize()
+            self.since = time.perf_counter()
     def stop_clock(self) -> None:
         self.flush()
         self.machine.synchronize()
         self.trained_ms, self.since = self.milliseconds(), None
     def milliseconds(self) -> float:
-        """Time spent in training, without validations."""
+        """Time spent in training, without validations and checkpoints."""
         return self.trained_ms + (1000 * (time.perf_counter() - self.since) if self.since else 0)
+    def state(self) -> dict:
+        """What a checkpoint keeps of this."""
+        return dict(run_id=self.run_id, length=self.length, trained_ms=self.trained_ms, best=self.best)
+    def complain(self, what: str, error: Exception) -> None:
+        """Say, once, what cannot be written."""
+        if what not in self.complaints:
+            self.complaints.add(what)
+            tqdm.write(f"train_gpt.py: {what} cannot be written ({error}); training goes on, and it is tried again later.", file=sys.stderr)
+    def write(self, text: str) -> None:
+        """Add to the file, unbuffered: what it does not take now is tried again with what follows."""
+        self.unwritten, self.length = self.unwritten + text.encode(), self.length + len(text.encode())
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except OSError as error:
+            self.complain("the log", error)
     def line(self, text: str, shown: bool = True) -> None:
         """Add a line to the file, and show it."""
-        self.file.write(text + "\n")
+        self.write(text + "\n")
         if shown and self.machine.rank == 0:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
     def progress(self, step: int, result: str = "", more: str = "", shown: bool = True) -> None:
         """A line in the form of the public logs."""
         now = self.milliseconds()
-        self.line(f"step:{step}/{self.num_iterations} {result}train_time:{now:.0f}ms step_avg:{now / max(step, 1):.2f}ms{more}", shown)
-    def step(self, step: int, loss: Tensor) -> None:
+        self.line(f"step:{step}/{self.hp.num_iterations} {result}train_time:{now:.0f}ms step_avg:{now / max(step, 1):.2f}ms{more}", shown)
+    def validation(self, step: int, loss: float) -> None:
+        self.best = min(self.best, loss)
+        self.progress(step, f"val_loss:{loss:.4f} ")
+    def step(self, step: int, result: Tensor) -> None:
         """The line of a step. A GPU's is written while its next step runs, when the loss has arrived without a wait."""
         self.flush()
-        self.pending = step, self.machine.read_later(loss)
+        self.pending = step, self.machine.read_later(result)
         if not self.machine.is_gpu:
             self.flush()
     def flush(self) -> None:
         """Write the line that waits for its loss."""
         if self.pending:
             (step, read), self.pending = self.pending, None
-            loss = read()
+            loss, self.stops = read()
             self.progress(step, more=f" train_loss:{loss:.4f}", shown=self.bar.disable)
             self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
             self.bar.update()
+            if not math.isfinite(loss):
+                raise Stopped(2, f"the loss of step {step} is {loss}, on {self.loader.whereabouts((step - 1) * self.hp.seqs_per_step, self.hp.seqs_per_step)}; "
+                                 f"the last checkpoint: {self.saved or 'none'}; lower the learning rates, or look at these tokens.")
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+
+# ---------- Checkpoints: all that a run goes on from, written beside the training; what is not whole, or of another run, is refused
+CHECKPOINT_FORMAT = 1
+def manifest(path: Path) -> bytes:
+    """What stands beside a checkpoint from the moment that it is whole, in a .json of its name."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps(dict(format=CHECKPOINT_FORMAT, bytes=path.stat().st_size, sha256=digest)).encode()
+def defect(path: Path) -> str:
+    """Why a checkpoint cannot be read, for people; empty where it is whole."""
+    try:
+        said = path.with_suffix(".json").read_bytes()
+        found = re.match(rb'{"format": (\d{1,9}),', said)
+        if found and int(found[1]) > CHECKPOINT_FORMAT:
+            return f"{path} is in format {int(found[1])}, and this script reads up to {CHECKPOINT_FORMAT}; resume with the script that wrote it."
+        return "" if said == manifest(path) else f"{path} is damaged: it is not what {path.stem}.json says; resume from another one."
+    except OSError as error:
+        return f"{path} is not a whole checkpoint ({error.strerror}: {error.filename}); resume from another one."
+def load_checkpoint(hp: Hyperparameters, course: dict[str, str]) -> dict | None:
+    """The checkpoint to go on from, in host memory; None without --resume, and for auto where there is none. Nothing in the file is
+    run. Raises UserError where it is damaged, or of another course than this run's."""
+    paths = [Path(hp.resume)] if hp.resume else []
+    if hp.resume == "auto":  # the manifest is written last, so that files without one are those of a run that was cut
+        paths = sorted((path.with_suffix(".pt") for path in Path(hp.log_dir, hp.run_id).glob("step_*.json")), reverse=True)
+    defects = [defect(path) for path in paths]
+    whole = [path for path, found in zip(paths, defects) if not found]
+    if paths and not whole:
+        raise UserError(defects[0])
+    if not paths:
+        return None
+    try:
+        checkpoint = torch.load(whole[0], map_location="cpu", weights_only=True)
+        found = difference(checkpoint["course"], course)
+    except Exception as error:  # a whole file, and anything may be in it
+        raise UserError(f"{whole[0]} is no checkpoint of this script ({str(error).splitlines()[0]}); resume from another one.") from None
+    if found:
+        name, theirs, ours = found
+        raise UserError(f"{whole[0]} is of a run with {name} {theirs}, and this one has {ours}; give it the same, or another --resume.")
+    return checkpoint | dict(path=str(whole[0]), manifest=manifest(whole[0]).decode(), defects=[found for found in defects if found])
+
+class Checkpoints:
+    """Writes checkpoints on the first process, beside the training: to another name, which is changed when all is on the disk, and
+    after it the manifest. Of the older ones the newest `keep` stay."""
+    def __init__(self, keep: int, log: RunLog):
+        self.keep, self.log, self.writing, self.writer = keep, log, None, concurrent.futures.ThreadPoolExecutor(1)
+    def save(self, step: int, state: dict) -> None:
+        """Copy `state` to host memory, and let the rest happen beside the training."""
+        self.wait()
+        if self.log.machine.rank == 0:
+            state = tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
+            self.writing = self.writer.submit(self.write, self.log.folder / f"step_{step:08d}.pt", state)
+    def write(self, path: Path, state: dict) -> str:
+        unfinished, listed = path.with_name("unfinished"), path.with_suffix(".json")
+        path.parent.mkdir(exist_ok=True)
+        listed.unlink(missing_ok=True)
+        try:
+            for target, write in ((path, lambda file: torch.save(state, file)), (listed, lambda file: file.write(manifest(path)))):
+                with open(unfinished, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)  # a full disk has better use for it
+        oldest = sorted(name for other in path.parent.glob("step_*.json") if (name := other.stem) <= path.stem)[-self.keep:][0]
+        for other in [other for other in path.parent.glob("step_*") if other.stem < oldest]:
+            other.unlink()
+        return str(path)
+    def wait(self) -> None:
+        """Until what is being written is on the disk, or is known not to be."""
+        try:
+            self.log.saved = self.writing.result() if self.writing else self.log.saved
+        except (OSError, RuntimeError) as error:  # torch makes the latter out of the former
+            self.log.complain("a checkpoint", error)
+        self.writing = None
 
 # ---------- Run
 def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
     """The network on the machine's device. Weights are drawn on the CPU, so that a seed gives the same ones everywhere."""
     torch.manual_seed(hp.seed)
-    dtype = machine.dtype if hp.dtype == "auto" else getattr(torch, hp.dtype)
+    dtype = machine.activations(hp.dtype)
     fp8 = hp.fp8 if fp8_supported(machine.device) and dtype == torch.bfloat16 else "none"
     return GPT(vocab_size, hp.num_layers, hp.num_heads, hp.head_dim, hp.model_dim, max(hp.train_seq_len, hp.val_seq_len),
                attention_free_layers=hp.attention_free_layers, fp8=fp8, dtype=dtype, train_seq_len=hp.train_seq_len).to(machine.device)
@@ -822,7 +994,8 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, hp: Hyperpa
     return torch.tensor(window_blocks(step, hp), dtype=torch.int32).to(machine.device, non_blocking=True)
 def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int, reducer: GradientReducer) -> Tensor:
     """One update by the mean gradient of a step's sequences, of which `batches` gives this process's share. Gradients add up
-    over the micro-steps, and are reduced over the processes once, during the last. Returns the step's mean loss, 0-d."""
+    over the micro-steps, and are reduced over the processes once, during the last. Returns (2,): the step's mean loss, and how
+    many processes were asked to stop."""
     def micro_step(number: int) -> Tensor:
         reducer.last = number == len(batches) - 1
         loss = model(*batches[number], window)
@@ -830,11 +1003,12 @@ def training_step(model, optimizers, batches, window: Tensor, seqs_per_step: int
         return loss.detach()
     # Two at a time only where there are two: a sum of more would depend on which comes first.
     loss_sum = sum((reducer.machine.map if len(batches) == 2 else map)(micro_step, range(len(batches))))
-    reducer.finish(loss_sum)
+    result = torch.stack([loss_sum / seqs_per_step, loss_sum.new_full((), reducer.signals.asked > 0)])
+    reducer.finish(result)
     torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], seqs_per_step)
     list(reducer.machine.map(lambda optimizer: optimizer.step(), optimizers))
     model.zero_grad(set_to_none=True)
-    return loss_sum / seqs_per_step
+    return result
 def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: GradientReducer) -> float:
     """Mean loss in nats per token, over exactly loader.num_tokens, however they divide into sequences and processes."""
     model.eval()
@@ -907,6 +1081,7 @@ def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperpara
         mfu = f" mfu: {share:.1%} of {machine.peak_flops / 1e12:.0f} TFLOP/s a GPU"
     log.line(f"tokens per second: {rate:.0f}{mfu}")
     log.line(f"passes over the training tokens: {loader.position * loader.seq_len / loader.total:.2f}")
+    log.line(f"best val_loss: {log.best:.4f}")
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*machine.peak_memory()))
 def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
     """The network as the machine runs it fastest. On one GPU it is a single graph; on several it is compiled in parts, since
@@ -922,7 +1097,7 @@ def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
     network.loss = torch.compile(network.loss, dynamic=False, fullgraph=True)
     return network
 def prepare(argv: list[str] | None) -> tuple:
-    """Settings, preset, machine and loaders: all that can be wrong with one process alone. Raises UserError."""
+    """Settings, preset, machine, loaders, facts and checkpoint: all that can be wrong with one process alone. Raises UserError."""
     hp, preset = parse_arguments(argv)
     machine = Machine.detect()
     check_settings(hp, preset, machine)
@@ -935,65 +1110,104 @@ def prepare(argv: list[str] | None) -> tuple:
         raise UserError(f"vocabularies differ, {sizes}; train and validate on shards of the same tokenizer.")
     for loader in (train_loader, val_loader) if machine.local_rank == 0 else ():  # once a machine is enough
         loader.check_tokens()
-    return hp, preset, machine, train_loader, val_loader
-def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader, val_loader, watchdog: Watchdog | None) -> None:
-    """The whole run: build, warm up, train and validate, report."""
+    facts = run_facts(hp, machine, train_loader, val_loader)
+    checkpoint = load_checkpoint(hp, facts[0])
+    facts[1]["checkpoint"] = checkpoint["manifest"] if checkpoint else "none"
+    return hp, preset, machine, train_loader, val_loader, facts, checkpoint
+def snapshot(network: GPT, optimizers, loader: DistributedDataLoader, machine: Machine) -> dict:
+    """What the training goes on from, wherever it lies; all processes have to ask for it together."""
+    random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if machine.is_gpu else [])]
+    adam, muon = optimizers
+    return dict(modules=[network.state_dict(), adam.state_dict(), muon.whole_state_dict()], position=loader.position, random=random)
+def restore(state: dict, network: GPT, optimizers, loader: DistributedDataLoader, machine: Machine) -> None:
+    """Go on from a snapshot."""
+    for module, saved in zip((network, *optimizers), state.pop("modules")):  # popped: the memory is wanted
+        module.load_state_dict(saved)
+    loader.position = state["position"]
+    for set_state, saved in zip((torch.set_rng_state, torch.cuda.set_rng_state)[:1 + machine.is_gpu], state["random"]):
+        set_state(saved)
+def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader, val_loader, facts, checkpoint: dict | None, signals: Signals) -> None:
+    """The whole run: build, warm up, go on from the checkpoint, train, validate and save, report. Raises Stopped, on all processes
+    after the same step, when one was asked to stop."""
     network = build_model(hp, train_loader.vocab_size, machine)
     optimizers = build_optimizers(network, hp, machine)
-    model, reducer = compiled(network, hp, machine), GradientReducer(network, optimizers, machine, watchdog)
+    model, reducer = compiled(network, hp, machine), GradientReducer(network, optimizers, machine, signals)
     with contextlib.closing(RunLog(hp, machine, dict(
         preset=preset, activations=network.embed.weight.dtype, head="FP8" if network.lm_head.use_fp8 else "as the activations",
         attention="FlexAttention" if machine.is_gpu else "block-sparse, for want of FlexAttention's backward pass on a CPU",
-        vocab_size=network.vocab_size, parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total))) as log:
-        try:
-            warm_up(model, optimizers, hp, network.vocab_size, reducer)
-        except torch.OutOfMemoryError:
-            raise out_of_memory(network, hp, machine, torch.cuda.mem_get_info()[1]) from None
-        log.start_clock()
-        for step in range(hp.num_iterations + 1):
-            reducer.watchdog.place = 3 * step  # one more wherever this process waits: in the validation, in the step
+        parameters=sum(p.numel() for p in network.parameters()), train_tokens=train_loader.total) | facts[1], train_loader, checkpoint)) as log:
+        if not hp.eval_only:
+            try:
+                warm_up(model, optimizers, hp, network.vocab_size, reducer)
+            except torch.OutOfMemoryError:
+                raise out_of_memory(network, hp, machine, torch.cuda.mem_get_info()[1]) from None
+        if checkpoint:
+            restore(checkpoint, network, optimizers, train_loader, machine)
+        first, checkpoints = checkpoint["step"] if checkpoint else 0, Checkpoints(hp.keep, log)
+        for step in range(first, hp.num_iterations + 1):
+            signals.place = 3 * step  # one more wherever this process waits: in the validation, in the step
             window = set_schedule(optimizers, step, hp, machine)
-            if step == hp.num_iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
+            last = step == hp.num_iterations or hp.eval_only
+            due = last or hp.val_loss_every and step % hp.val_loss_every == 0
+            if due and (step > first or not checkpoint or hp.eval_only):  # a checkpoint is written after the validation
                 log.stop_clock()
-                log.progress(step, f"val_loss:{validate(model, val_loader, window, reducer):.4f} ")
-                if step == hp.num_iterations:
-                    break
-                log.start_clock()
+                log.validation(step, validate(model, val_loader, window, reducer))
+            if hp.save_every and step > first and (last or log.stops or step % hp.save_every == 0):
+                log.stop_clock()
+                checkpoints.save(step, dict(step=step, course=facts[0], made=facts[1], log=log.state(),
+                                            **snapshot(network, optimizers, train_loader, machine)))
+            if last or log.stops:
+                break
+            log.start_clock()
             batches = [train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size)]
             log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer))
-        reducer.watchdog.place = math.inf  # from here on no process waits for another
-        report(log, train_loader, network, hp, machine)
+        checkpoints.wait()
+        if machine.world_size > 1:
+            dist.barrier()
+        signals.place = math.inf  # from here on no process waits for another
+        if not last:
+            number = signals.asked or signal.SIGTERM
+            raise Stopped(128 + number, f"stopped by {signal.Signals(number).name} after step {step} of {hp.num_iterations}; " + (
+                f"to go on, give the same command with --resume {log.saved}" if log.saved else "nothing is saved, for want of --save_every."))
+        if not hp.eval_only:
+            report(log, train_loader, network, hp, machine)
         if hp.sample and machine.rank == 0:
             with torch.compiler.set_stance("force_eager"):  # each length would be compiled
                 log.line("sample: " + next(iter(machine.map(lambda seed: sample(network, hp.sample, window, seed), [hp.seed]))))
 def main(argv: list[str] | None = None) -> int:
     """Run with the flags in `argv` (default: the command line's). Returns the exit code: 2 for what the user can mend."""
     rank, local_rank, world_size = process_place()
-    watchdog, run, facts, failure = None, (), {}, ""
+    signals, run, failure = None, (), ""
     try:
         with contextlib.ExitStack() as at_exit:
+            if world_size == 1:
+                signals = at_exit.enter_context(Signals())
             try:
                 run = prepare(argv)
-                facts = shared_facts(run[0], run[3:]) | dict(device=run[2].device.type, activations=str(run[2].dtype))
             except (UserError, OSError, torch.OutOfMemoryError) as error:
                 if world_size == 1:
                     raise
                 failure = str(error)  # the others have to hear of it
             if world_size > 1:
-                timeout = run[0].timeout if run else Hyperparameters.timeout
+                timeout, facts = (run[0].timeout, run[5][0] | run[5][1]) if run else (Hyperparameters.timeout, {})
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # whose handler of Python's would wait as long as the store does
                 store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
-                watchdog = Watchdog(store, rank, agree(store, rank, world_size, facts, failure), timeout)
-                at_exit.callback(lambda: dist.is_initialized() and not watchdog.failure and dist.destroy_process_group())
-                at_exit.push(watchdog)
+                signals = Watchdog(store, rank, agree(store, rank, world_size, facts, failure), timeout)
+                at_exit.callback(lambda: dist.is_initialized() and not signals.failure and dist.destroy_process_group())
+                at_exit.push(signals)
                 gpu = run[2].device if run[2].is_gpu else None
                 dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, device_id=gpu)
-            train(*run, watchdog)
+            train(*run, signals)
             return 0
-    except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:  # an OSError names the file
-        if watchdog or local_rank == 0:  # before there is a watchdog, all processes of a machine meet the same
-            print(f"train_gpt.py: {str(error) or 'stopped by the keyboard'}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
+    except Stopped as error:
+        (code, sentence), said = error.args, rank == 0
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # an OSError names the file
+        code, sentence, said = 2, str(error), signals or local_rank == 0  # before there are signals, all of a machine meet the same
+    except KeyboardInterrupt as error:
+        code, sentence, said = 128 + (number := (*error.args, signal.SIGINT)[0]), f"stopped by {signal.Signals(number).name}", True
+    if said:
+        print(f"train_gpt.py: {sentence}", file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -51,7 +51,7 @@ def observe():
     around(train_gpt, "warm_up", lambda *_: seen["losses"].clear())
     around(train_gpt.DistributedDataLoader, "next_batch", lambda batch, loader: seen["sequences"].append(
         zlib.crc32(batch[0].numpy().tobytes() + batch[1].numpy().tobytes())))
-    around(train_gpt, "training_step", lambda loss, *_: seen["losses"].append(loss.item()))
+    around(train_gpt, "training_step", lambda result, *_: seen["losses"].append(result[0].item()))
     around(train_gpt, "validate", lambda loss, *_: seen["validations"].append(loss))
 
 

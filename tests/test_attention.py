@@ -259,7 +259,7 @@ MASK_MODS = {
 
 
 def random_block_mask(n, mask_mod, with_full, seed):
-    """Blocks listed at random, in no order, for some rows none at all."""
+    """Blocks listed at random, in no order, for some rows none at all. In full ones the mask is true, as everywhere."""
     generator = torch.Generator().manual_seed(seed)
     kind = torch.randint(4 if with_full else 2, (n, n), generator=generator)  # 1: partial, 2: full, otherwise not listed
     kind[seed % n] = 0
@@ -269,7 +269,7 @@ def random_block_mask(n, mask_mod, with_full, seed):
         index = torch.stack([torch.cat([row[chosen[i, row]], row[~chosen[i, row]]]) for i, row in enumerate(index)])
         return chosen.sum(-1, dtype=torch.int32)[None, None], index.int()[None, None]
 
-    given = dict(mask_mod=mask_mod) if mask_mod else {}
+    given = dict(mask_mod=lambda b, h, q, k: mask_mod(b, h, q, k) | (kind[q // BLOCK, k // BLOCK] == 2)) if mask_mod else {}
     return BlockMask.from_kv_blocks(*lists(kind == 1), *(lists(kind == 2) if with_full else ()), BLOCK_SIZE=BLOCK, **given)
 
 

@@ -303,7 +303,7 @@ class Ladder(torch.nn.Module):
 def ladder(machine, **watchdog):
     model = Ladder()
     muon = train_gpt.Muon([p for name, p in model.named_parameters() if p.ndim > 1], rank=machine.rank, world_size=machine.world_size)
-    return model, muon, train_gpt.GradientReducer(model, [muon], machine, SimpleNamespace(place=0))
+    return model, muon, train_gpt.GradientReducer(model, [muon], machine, SimpleNamespace(place=0, asked=0))
 
 
 def pretend(rank=0, world_size=2):
@@ -423,7 +423,7 @@ def order_of_backward(model, network, hp, machine, optimizers, sums):
     names = {p: name for name, p in network.named_parameters()}
     for p, name in names.items():
         p.register_post_accumulate_grad_hook(lambda p, name=name: sums.append(("ready", name)))
-    reducer = train_gpt.GradientReducer(network, optimizers, machine, SimpleNamespace(place=0))
+    reducer = train_gpt.GradientReducer(network, optimizers, machine, SimpleNamespace(place=0, asked=0))
     ids = torch.arange(128, dtype=torch.int32) % 250
     loss = model(ids, ids.long().roll(-1), torch.tensor(1, dtype=torch.int32))
     nodes, seen = [loss.grad_fn], set()
