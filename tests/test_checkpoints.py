@@ -1,0 +1,961 @@
+"""Checkpoints, and ends before the last step: a run that is resumed is the run that was not interrupted, bit for bit, wherever it
+was killed; what is damaged, or of another run, is refused with one sentence; signals, losses that are not finite, and full disks
+end as they should, or do not end anything. Processes that are killed are real ones, forked by forked.py."""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest.mock
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import train_gpt
+from conftest import ROOT
+from test_distributed import FORKED, OBSERVED, SCRIPT, Started, machine_with_shards, torchrun
+from test_distributed import SMALL as SMALLEST
+from test_run import as_flags, assert_identical
+
+LIMIT = 120  # seconds, after which a test fails
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes and takes their room on the disk as Linux lets it")
+
+SMALL = SMALLEST | dict(seqs_per_step=2, num_iterations=12, val_loss_every=4)
+FINITE = dict(num_iterations=160, save_every=2)  # for runs that are killed often
+ENDLESS = dict(num_iterations=100000, save_every=5)
+
+
+@pytest.fixture(autouse=True)
+def limited():
+    """No test waits longer than LIMIT."""
+    def late(*_):
+        raise TimeoutError(f"the test has taken more than {LIMIT} s")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(LIMIT)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return machine_with_shards(tmp_path_factory.mktemp("shards"))
+
+
+def polled(true, what):
+    """Wait until `true()` is, and return what it says."""
+    begin = time.monotonic()
+    while not (found := true()):
+        assert time.monotonic() - begin < LIMIT, what
+        time.sleep(0.001)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs in this process, and what they leave
+
+
+@pytest.fixture(scope="module")
+def train(shards):
+    """A function that runs main in this process, with the small settings and some others, and returns what it printed. With a code
+    other than 0 there has to be one sentence on stderr, which is returned instead; otherwise there has to be nothing."""
+    def run(folder, code=0, **settings):
+        out, err = io.StringIO(), io.StringIO()
+        flags = as_flags(**SMALL | shards | dict(log_dir=folder, run_id="run") | settings)
+        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+              unittest.mock.patch.object(torch.cuda, "is_available", lambda: False)):
+            ended = train_gpt.main(flags)
+        assert ended == code, (ended, err.getvalue())
+        if code:
+            assert_one_sentence(err.getvalue())
+            return err.getvalue()
+        assert not err.getvalue()
+        return out.getvalue()
+    return run
+
+
+def assert_one_sentence(text):
+    assert text.startswith("train_gpt.py: ") and text.count("\n") == 1 and text.endswith("\n"), text
+    assert text[:-1].isprintable(), text
+
+
+def checkpoint(folder, step):
+    return folder / "run" / f"step_{step:08d}.pt"
+
+
+def listed(path):
+    """Write the manifest that makes a file a whole checkpoint, whatever it is."""
+    content = path.read_bytes()
+    path.with_suffix(".json").write_text(json.dumps(dict(format=1, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())))
+    return path
+
+
+def is_whole(path):
+    """By the test's own reading of the manifest."""
+    said = json.loads(path.with_suffix(".json").read_text())
+    content = path.read_bytes()
+    return said == dict(format=1, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def saved_steps(folder):
+    """The steps of which there are whole checkpoints, after a look at everything in the run's folder."""
+    names = sorted(path.name for path in (folder / "run").iterdir())
+    steps = [int(re.fullmatch(r"step_(\d{8})\.pt", name)[1]) for name in names if name.endswith(".pt")]
+    assert names == sorted(f"step_{step:08d}{suffix}" for step in steps for suffix in (".pt", ".json"))
+    assert all(is_whole(checkpoint(folder, step)) for step in steps)
+    return steps
+
+
+def course(path):
+    """What a checkpoint holds, but for what it says of the log, where there are times, and of how it was made."""
+    return {name: value for name, value in torch.load(path, weights_only=True).items() if name not in ("log", "made")}
+
+
+def assert_same_checkpoint(path, other):
+    """Bit for bit: weights, what the optimizers remember, random state, position in the data."""
+    ours = course(path)
+    assert sum(isinstance(leaf, torch.Tensor) for leaf in torch.utils._pytree.tree_leaves(ours)) > 50
+    assert_identical(ours, course(other))
+
+
+TIMES = re.compile(r" train_time:\d+ms step_avg:[\d.]+ms")
+
+
+def steps(folder, name="run"):
+    """The lines of steps and validations in a log, without their times."""
+    return [TIMES.sub("", line) for line in (folder / f"{name}.txt").read_text().splitlines() if line.startswith("step:")]
+
+
+def closing(folder, name="run"):
+    """What the last lines say of the whole run, times and memory aside."""
+    return re.findall("^(?:best val_loss|passes over).*", (folder / f"{name}.txt").read_text(), re.MULTILINE)
+
+
+def assert_same_run(folder, other, step=None):
+    """To its end: the log, each line once, and the last checkpoint."""
+    assert steps(folder) == steps(other)
+    assert closing(folder)[-2:] == closing(other) and len(closing(other)) == 2
+    times = [int(text) for text in re.findall(r"^step:.* train_time:(\d+)ms", (folder / "run.txt").read_text(), re.MULTILINE)]
+    assert times == sorted(times)
+    last = max(path for path in (other / "run").glob("*.pt"))
+    assert_same_checkpoint(folder / "run" / last.name, last)
+
+
+def content(folder):
+    """All files below a folder, with what is in them and when they were changed."""
+    return {path: path.is_file() and (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The log folder of a run that was not interrupted, with a checkpoint of each step."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, save_every=1, keep=100, sample=30)
+    assert saved_steps(folder) == list(range(1, 13))
+    return folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A function that gives the test a copy of that run's folder, with the checkpoints of some steps alone."""
+    def copy(*kept):
+        shutil.copytree(whole, folder := tmp_path / "logs")
+        for path in (folder / "run").iterdir():
+            if int(path.stem[5:]) not in kept:
+                path.unlink()
+        return folder
+    return copy
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which are written, and when
+
+
+@pytest.mark.parametrize("every, keep, expected", [(0, 2, None), (5, 2, [10, 12]), (4, 9, [4, 8, 12]), (1, 1, [12]), (100, 2, [12])])
+def test_checkpoints_of_multiples_and_the_last_step_of_which_the_newest_stay(every, keep, expected, train, whole, tmp_path):
+    train(tmp_path, save_every=every, keep=keep)
+    assert steps(tmp_path) == steps(whole)  # whatever is saved
+    if expected is None:
+        assert [path.name for path in tmp_path.iterdir()] == ["run.txt"]
+    else:
+        assert saved_steps(tmp_path) == expected
+        for step in expected:
+            assert_same_checkpoint(checkpoint(tmp_path, step), checkpoint(whole, step))
+
+
+def test_writing_goes_on_beside_the_training(train, whole, tmp_path, monkeypatch):
+    """Nothing is written before another step has begun, which could not be if the training waited; and what is written then is
+    the state of the step before."""
+    taken, next_batch, save = threading.Condition(), train_gpt.DistributedDataLoader.next_batch, torch.save
+    batches = []
+
+    def observed(loader):
+        with taken:
+            batches.append(loader.position)
+            taken.notify_all()
+        return next_batch(loader)
+
+    def slow(state, *args, **kwargs):
+        assert threading.current_thread() is not threading.main_thread()
+        with taken:
+            assert taken.wait_for(lambda: len(batches) > 2 * state["step"] or state["step"] == 12, 30)
+        return save(state, *args, **kwargs)
+
+    monkeypatch.setattr(train_gpt.DistributedDataLoader, "next_batch", observed)
+    monkeypatch.setattr(torch, "save", slow)
+    train(tmp_path, save_every=3, keep=9)
+    assert len(batches) == 24 and saved_steps(tmp_path) == [3, 6, 9, 12]
+    for step in (3, 6, 9, 12):
+        assert_same_checkpoint(checkpoint(tmp_path, step), checkpoint(whole, step))
+
+
+def test_clock_stands_still_while_saving(train, tmp_path, monkeypatch):
+    """A copy of the state that takes an hour, by a clock that nothing else moves but a step: one second."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def takes(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slow(*args):
+            now[0] += seconds
+            return function(*args)
+        monkeypatch.setattr(owner, name, slow)
+    takes(torch, "get_rng_state", 3600)  # of which a checkpoint's copy cannot do without
+    takes(train_gpt, "training_step", 1)
+    train(tmp_path, save_every=1)
+    assert now[0] > 12 * 3600
+    found = re.findall(r"^step:(\d+)/12 .*train_time:(\d+)ms", (tmp_path / "run.txt").read_text(), re.MULTILINE)
+    assert len(found) == 16 and all(int(milliseconds) == 1000 * int(step) for step, milliseconds in found)
+    now[0] = 10**6
+    train(tmp_path, resume=checkpoint(tmp_path, 11))
+    assert " train_time:12000ms step_avg:1000.00ms train_loss" in (tmp_path / "run.txt").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Resuming: the same run
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 11, 12])
+def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, copied):
+    """Its log and its checkpoints, from any step on; lines that the log had after the checkpoint are there once."""
+    folder = copied(step)
+    path = checkpoint(folder, step)
+    out = train(folder, resume=path, save_every=1, keep=100, sample=30)
+    assert_same_run(folder, whole)
+    assert saved_steps(folder) == list(range(step, 13))
+    for later in range(step, 13):
+        assert_same_checkpoint(checkpoint(folder, later), checkpoint(whole, later))
+    assert [TIMES.sub("", line) for line in out.splitlines() if line.startswith("step:")] == [
+        line for line in steps(whole) if int(line[5:].split("/")[0]) > step]
+    log = (folder / "run.txt").read_text()
+    assert len(re.findall(rf"^resumed from {re.escape(str(path))}", log, re.MULTILINE)) == 1
+    assert log.startswith(SCRIPT.read_text())
+    assert log.split("\nsample: ")[1:] == (whole / "run.txt").read_text().split("\nsample: ")[1:]  # the sample at the end, too
+
+
+@pytest.mark.parametrize("settings", [dict(dtype="bfloat16"), dict(seqs_per_step=8, repeat=False), dict(seed=3, fp8="none")])
+def test_resumed_run_of_other_settings(settings, train, tmp_path):
+    """Other activations, more micro-steps, no second pass over the tokens."""
+    train(tmp_path / "whole", **settings, save_every=5)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    train(tmp_path / "resumed", **settings, save_every=5, resume=checkpoint(tmp_path / "resumed", 10))
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_run_resumed_twice(train, whole, copied):
+    folder = copied(3)
+    for step in (3, 8):
+        train(folder, resume=checkpoint(folder, step), save_every=1, keep=100)
+    assert_same_run(folder, whole)
+
+
+def test_settings_that_do_not_shape_the_course_may_differ(train, shards, whole, copied, tmp_path):
+    """All of them at once, and shards that lie elsewhere."""
+    folder = copied(5)
+    shutil.copytree(shards["train_files"].parent, tmp_path / "elsewhere")
+    train(tmp_path / "new", resume=checkpoint(folder, 5), train_files=tmp_path / "elsewhere" / "train_?.bin",
+          val_files=tmp_path / "elsewhere" / "val*.bin", val_tokens=500, val_seq_len=128, val_loss_every=3, sample=4, timeout=77,
+          save_every=7, keep=1, coordinate_descent_tuning=True)
+    assert saved_steps(tmp_path / "new") == [12]
+    assert_same_checkpoint(checkpoint(tmp_path / "new", 12), checkpoint(whole, 12))
+    trained = [line for line in steps(whole) if "train_loss" in line]
+    assert [line for line in steps(tmp_path / "new") if "train_loss" in line] == trained[5:]
+
+
+def test_without_a_run_id_it_is_the_checkpoints(train, whole, copied):
+    folder = copied(6)
+    train(folder, resume=checkpoint(folder, 6), run_id="")
+    assert sorted(path.name for path in folder.iterdir()) == ["run", "run.txt"]
+    assert steps(folder) == steps(whole)
+
+
+def test_another_run_id_leaves_the_first_run_alone(train, whole, copied):
+    """Its log begins with its own header."""
+    folder = copied(6)
+    before = content(folder)
+    train(folder, resume=checkpoint(folder, 6), run_id="branch", save_every=6)
+    assert {path: found for path, found in content(folder).items() if "branch" not in str(path)} == before
+    assert (folder / "branch.txt").read_text().startswith(SCRIPT.read_text())
+    assert steps(folder, "branch") == [line for line in steps(whole) if int(line[5:].split("/")[0]) > 6]
+    assert_same_checkpoint(folder / "branch" / "step_00000012.pt", checkpoint(whole, 12))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --resume auto
+
+
+def test_auto_begins_where_there_is_nothing(train, whole, tmp_path):
+    train(tmp_path / "logs", resume="auto", save_every=1)
+    assert_same_run(tmp_path / "logs", whole)
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["run", "run.txt"]
+
+
+def test_auto_begins_again_after_a_run_that_was_cut_before_its_first_checkpoint(train, tmp_path, monkeypatch):
+    """However often, and at whatever speed: no log is lost."""
+    monkeypatch.setattr(time, "strftime", lambda *_: "2026-01-01_000000")
+    for number in range(3):
+        with contextlib.suppress(FileNotFoundError), open(tmp_path / "run.txt", "a") as log:
+            log.write(f"cut {number}\n")
+        train(tmp_path, resume="auto", num_iterations=1, save_every=0)
+        assert [line[:9] for line in steps(tmp_path)] == ["step:0/1 ", "step:1/1 ", "step:1/1 "]
+    kept = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(kept) == 3 and [sum(f"\ncut {number}\n" in text for text in kept) for number in (1, 2)] == [1, 1]
+
+
+def test_auto_takes_the_newest_checkpoint(train, whole, copied):
+    folder = copied(2, 7, 10)
+    assert f"resumed from {checkpoint(folder, 10)}" in train(folder, resume="auto", save_every=1)
+    assert_same_run(folder, whole)
+    assert saved_steps(folder) == [11, 12]  # by --keep, of the earlier ones too
+
+
+def test_auto_passes_over_what_is_not_whole(train, whole, copied):
+    """Truncated, altered, without its other half, unfinished: as a run or a disk leaves it that dies."""
+    folder = copied(5, 7, 8, 9, 10, 11, 12)
+    os.truncate(checkpoint(folder, 12), 1000)
+    checkpoint(folder, 11).with_suffix(".json").unlink()
+    altered = bytearray(checkpoint(folder, 10).read_bytes())
+    altered[len(altered) // 2] ^= 1
+    checkpoint(folder, 10).write_bytes(altered)
+    checkpoint(folder, 9).unlink()
+    checkpoint(folder, 8).with_suffix(".json").write_text("")
+    (folder / "run" / "unfinished").write_bytes(bytes(999))
+    out = train(folder, resume="auto", save_every=1)
+    assert f"resumed from {checkpoint(folder, 7)}" in out
+    assert_same_run(folder, whole)
+    assert saved_steps(folder) == [11, 12]
+
+
+def test_auto_with_nothing_whole_is_refused(train, copied):
+    """Rather than to begin again over what can perhaps be rescued."""
+    folder = copied(5, 10)
+    for step in (5, 10):
+        os.truncate(checkpoint(folder, step), 1000)
+    before = content(folder)
+    assert "step_000000" in train(folder, 2, resume="auto", save_every=1)
+    assert content(folder) == before
+
+
+def test_auto_after_a_step_back(train, whole, copied, monkeypatch):
+    """A run that was resumed from an earlier checkpoint than its newest, and was stopped again, goes on without a gap in its log."""
+    folder = copied(4, 8, 12)
+    before_step(monkeypatch, 2, lambda: send(signal.SIGTERM))
+    train(folder, 128 + signal.SIGTERM, resume=checkpoint(folder, 4), save_every=4)
+    monkeypatch.undo()
+    train(folder, resume="auto", save_every=4)
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("settings, word", [
+    (dict(resume="auto", run_id=""), "--run_id"), (dict(eval_only=True), "--resume"), (dict(resume="auto", muon_lr=0.04), "--muon_lr"),
+    (dict(resume="auto", run_id="another", eval_only=True), "another"), (dict(resume="auto", run_id="cut", eval_only=True), "cut"),
+    (dict(resume="run"), "run"), (dict(resume="."), "."), (dict(resume="/"), "/"), (dict(keep=0), "--keep"), (dict(save_every=-1), "--save_every")])
+def test_resuming_that_cannot_be_meant_is_refused(settings, word, train, copied):
+    folder = copied(5)
+    (folder / "cut.txt").write_text("a run that was cut before its first checkpoint\n")
+    before = content(folder)
+    assert word in train(folder, 2, **settings)
+    assert content(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --eval_only
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_eval_only_validates_a_checkpoint(step, train, whole):
+    out = train(whole, resume=checkpoint(whole, step), eval_only=True)
+    expected = [line for line in steps(whole) if line.startswith(f"step:{step}/12 val_loss")]
+    assert [TIMES.sub("", line) for line in out.splitlines() if line.startswith("step:")] == expected
+    assert len(expected) == 1 and "sample" not in out and "tokens per second" not in out
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(run_id=""), dict(resume="auto"), dict(log_dir="elsewhere"), dict(run_id="other", save_every=1, sample=3)], ids=str)
+def test_eval_only_leaves_everything_as_it_is(settings, train, copied, monkeypatch):
+    """The log and the folder of the run, and there is no log of its own."""
+    folder = copied(5, 10)
+    before = content(folder)
+    monkeypatch.chdir(folder)
+    out = train(folder, **dict(resume=checkpoint(folder, 10), eval_only=True) | settings)
+    assert len(re.findall(r"^step:10/12 val_loss:\d\.\d{4}", out, re.MULTILINE)) == 1
+    assert content(folder) == before
+
+
+def test_eval_only_writes_the_sample(train, whole):
+    out = train(whole, resume=checkpoint(whole, 12), eval_only=True, sample=30)
+    assert out.split("\nsample: ")[1] == (whole / "run.txt").read_text().split("\nsample: ")[1]
+
+
+def test_eval_only_on_other_tokens(train, whole):
+    """Of another number, as the full mean."""
+    found = {tokens: re.search(r"val_loss:([\d.]+)", train(whole, resume=checkpoint(whole, 12), eval_only=True, val_tokens=tokens))[1]
+             for tokens in (900, 128, 0)}
+    assert len(set(found.values())) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is refused
+
+SHAPING = dict(  # another value of each setting that shapes the course
+    train_seq_len=256, seqs_per_step=4, repeat=False, num_layers=8, num_heads=2, head_dim=32, model_dim=32, attention_free_layers=(1, 2, 3),
+    num_iterations=13, cooldown_frac=0.5, max_window=128, embed_lr=0.16, head_lr=0.005, scalar_lr=0.03, muon_lr=0.04, seed=1, fp8="none")
+ASIDE = {"train_files", "val_files", "val_tokens", "val_seq_len", "dtype", "coordinate_descent_tuning", "val_loss_every", "sample", "timeout",
+         "save_every", "keep", "resume", "eval_only", "log_dir", "run_id"}
+
+
+def test_of_each_setting_it_is_known_whether_it_shapes_the_course():
+    """A new one has to be put into one of the two lists above, and is tested there."""
+    assert SHAPING.keys() | ASIDE == set(train_gpt.Hyperparameters.__dataclass_fields__) and not SHAPING.keys() & ASIDE
+
+
+@pytest.mark.parametrize("name", SHAPING)
+def test_another_course_is_refused(name, train, copied):
+    """The setting is named, with both values; and the log has not been cut."""
+    folder = copied(5)
+    before = content(folder)
+    said = train(folder, 2, resume=checkpoint(folder, 5), **{name: SHAPING[name]})
+    theirs = getattr(train_gpt.parse_arguments(as_flags(**SMALL))[0], name)
+    for word in (f"--{name}", str(theirs), str(SHAPING[name])):
+        assert word in said
+    assert content(folder) == before
+
+
+def other_vocabulary(files):
+    for path in files:
+        content = bytearray(path.read_bytes())
+        content[12:16] = np.array([258], dtype="<i4").tobytes()
+        path.write_bytes(content)
+
+
+def other_size(files):
+    content = np.frombuffer(files[1].read_bytes(), dtype="<u2").copy()
+    content.view("<i4")[2] += 1
+    files[1].write_bytes(content.tobytes() + b"\1\0")
+
+
+def more_files(files):
+    shutil.copy(files[0], files[0].with_name("train_2.bin"))
+
+
+@pytest.mark.parametrize("change, words", [
+    (other_vocabulary, ["vocabulary", "257", "258"]), (other_size, ["train_1.bin", "7001", "7002"]), (more_files, ["train_2.bin", "9000"])])
+def test_other_shards_are_refused(change, words, train, shards, copied, tmp_path):
+    folder = copied(5)
+    shutil.copytree(shards["train_files"].parent, other := tmp_path / "other")
+    change(sorted(other.iterdir()))
+    files = dict(train_files=other / "train_*.bin", val_files=other / "val_*.bin")
+    train(tmp_path / "fresh", **files, num_iterations=1)  # nothing is wrong with them
+    for mode in (dict(), dict(eval_only=True)):
+        said = train(folder, 2, resume=checkpoint(folder, 5), **files, **mode)
+        assert all(word in said for word in words)
+
+
+def test_other_activations_are_refused(train, copied):
+    folder = copied(5)
+    said = train(folder, 2, resume=checkpoint(folder, 5), dtype="bfloat16")
+    assert "float32" in said and "bfloat16" in said
+
+
+def newer_format(path, other):
+    said = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(said | {"format": 2}))
+
+
+def truncated(path, other):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def longer(path, other):
+    with open(path, "ab") as file:
+        file.write(b"\0")
+
+
+def altered(path, other):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 16
+    path.write_bytes(content)
+
+
+def empty(path, other):
+    path.write_bytes(b"")
+
+
+def swapped_checkpoints(path, other):
+    path.rename(path.with_name("aside"))
+    other.rename(path)
+    path.with_name("aside").rename(other)
+
+
+def swapped_manifests(path, other):
+    swapped_checkpoints(path.with_suffix(".json"), other.with_suffix(".json"))
+
+
+def without_manifest(path, other):
+    path.with_suffix(".json").unlink()
+
+
+def without_checkpoint(path, other):
+    path.unlink()
+
+
+def a_folder(path, other):
+    path.unlink()
+    path.mkdir()
+
+
+def manifest_of_something_else(path, other):
+    path.with_suffix(".json").write_text("[1, 2]")
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (newer_format, "format 2"), (truncated, "damaged"), (longer, "damaged"), (altered, "damaged"), (empty, "damaged"), (swapped_checkpoints, "damaged"),
+    (swapped_manifests, "damaged"), (without_manifest, "step_00000005.json"), (without_checkpoint, "step_00000005.pt"), (a_folder, "step_00000005.pt"),
+    (manifest_of_something_else, "step_00000005")], ids=lambda value: getattr(value, "__name__", ""))
+def test_checkpoint_that_is_not_whole_is_refused(spoil, word, train, copied):
+    folder = copied(5, 10)
+    spoil(checkpoint(folder, 5), checkpoint(folder, 10))
+    before = content(folder)
+    for mode in (dict(), dict(eval_only=True)):
+        said = train(folder, 2, resume=checkpoint(folder, 5), **mode)
+        assert word in said and "step_00000005" in said
+    assert content(folder) == before
+
+
+def without(name):
+    return lambda whole: {key: value for key, value in whole.items() if key != name}
+
+
+def smaller(whole):
+    return torch.utils._pytree.tree_map(lambda x: x[:1] if isinstance(x, torch.Tensor) and x.ndim else x, whole)
+
+
+STRANGE = dict(
+    list=lambda whole: [1, 2, 3], number=lambda whole: 3, tensor=lambda whole: torch.zeros(3), empty=lambda whole: {}, weights=lambda whole: whole["modules"][0],
+    course_alone=lambda whole: dict(course=whole["course"]), smaller=smaller, later=lambda whole: whole | dict(step=13), no_step=lambda whole: whole | dict(step="five"),
+    **{f"without_{name}": without(name) for name in ("step", "course", "made", "log", "modules", "position", "random")})
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_what_torch_reads_and_is_no_checkpoint_of_ours_is_refused(what, train, copied, recwarn):
+    """With a manifest that is right, as a file of another script may have it."""
+    folder = copied(5)
+    path = checkpoint(folder, 5)
+    torch.save(STRANGE[what](torch.load(path, weights_only=True)), path)
+    listed(path)
+    before = content(folder)
+    for mode in (dict(), dict(eval_only=True)):
+        assert str(path) in train(folder, 2, resume=path, **mode)
+    assert content(folder) == before
+    assert not [str(warning.message) for warning in recwarn]  # they would be further lines on stderr
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MARK"],)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("save", [torch.save, lambda thing, path: torch.save(thing, path, _use_new_zipfile_serialization=False),
+                                  lambda thing, path: path.write_bytes(pickle.dumps(thing))], ids=["torch", "legacy", "pickle"])
+def test_checkpoint_that_would_run_code_is_refused_and_runs_none(save, wrapped, train, copied, tmp_path, monkeypatch):
+    folder = copied(5)
+    path, mark = checkpoint(folder, 5), tmp_path / "mark"
+    monkeypatch.setenv("MARK", str(mark))
+    whole = torch.load(path, weights_only=True)
+    save(whole | dict(extra=Runs()) if wrapped else Runs(), path)
+    listed(path)
+    for mode in (dict(), dict(eval_only=True)):
+        assert str(path) in train(folder, 2, resume=path, **mode)
+        assert not mark.exists()
+    pickle.loads(pickle.dumps(Runs()))
+    assert mark.exists()  # as it would have been
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 200 random changes of a checkpoint, and of a shard
+
+
+def change(draw, content, other):
+    """The content with a byte altered, cut off somewhere, or with a part of itself or of the other file in another place."""
+    kind, at = draw.choice(["flip"] * 4 + ["cut", "swap", "other", "other"]), draw.randrange(len(content))
+    if kind == "flip":
+        return content[:at] + bytes([content[at] ^ draw.randrange(1, 256)]) + content[at + 1:]
+    if kind == "cut":
+        return content[:at]
+    size, there = draw.randint(1, len(content) // 3), draw.randrange(len(content))
+    at, there = sorted((min(at, len(content) - size), min(there, len(content) - size)))
+    if kind == "other":
+        return content[:at] + other[at:at + size] + content[at + size:]
+    size = min(size, there - at)
+    return content[:at] + content[there:there + size] + content[at + size:there] + content[at:at + size] + content[there + size:]
+
+
+def test_no_change_of_a_checkpoint_is_loaded(train, copied):
+    """Or gives anything but one sentence: 200 of them, and as --resume auto meets them."""
+    folder, draw = copied(5, 10), random.Random(1)
+    paths = [checkpoint(folder, step).with_suffix(suffix) for suffix in (".pt", ".json") for step in (5, 10)]
+    good = {path: path.read_bytes() for path in paths}
+    changes = 0
+    while changes < 200:
+        path = draw.choice(paths[:2] if changes % 3 else paths[2:])
+        changed = change(draw, good[path], good[next(other for other in paths if other.suffix == path.suffix and other != path)])
+        if changed == good[path]:
+            continue  # parts can be equal
+        path.write_bytes(changed)
+        changes += 1
+        assert path.stem in train(folder, 2, resume=path.with_suffix(".pt"), eval_only=True), changes
+        if changes % 10 == 0:
+            other = next(checkpoint(folder, step) for step in (5, 10) if checkpoint(folder, step).stem != path.stem)
+            assert f"resumed from {other}" in train(folder, resume="auto", eval_only=True), changes
+        path.write_bytes(good[path])
+    train(folder, resume="auto", eval_only=True)  # as it was, it is read
+
+
+def test_no_change_of_a_shards_header_or_length_is_trained_on(train, shards, copied, tmp_path):
+    """By a run from the beginning, or by one that is resumed: 200 changes of a byte in the header, of its numbers, or of the length.
+    None of them can give another good shard: magic and version are fixed, the length has to be the header's, a vocabulary is that
+    of all shards, and the rest is zeros."""
+    folder, draw = copied(5), random.Random(2)
+    shutil.copytree(shards["train_files"].parent, other := tmp_path / "other")
+    paths = sorted(other.iterdir())
+    files = dict(train_files=other / "train_*.bin", val_files=other / "val_*.bin")
+    accepted = []
+    for number in range(200):
+        path = draw.choice(paths)
+        good = path.read_bytes()
+        header, kind = np.frombuffer(good[:1024], dtype="<i4").copy(), number % 5
+        if kind == 0:  # a byte of the fields that say something
+            at = draw.randrange(16)
+            changed = good[:at] + bytes([good[at] ^ draw.randrange(1, 256)]) + good[at + 1:]
+        elif kind == 1:  # a byte of the zeros
+            at = draw.randrange(16, 1024)
+            changed = good[:at] + bytes([draw.randrange(1, 256)]) + good[at + 1:]
+        elif kind == 2:  # a field, to a number that it could have elsewhere
+            field = draw.randrange(4)
+            header[field] = draw.choice([number for number in (-1, 0, 1, 2, 256, 258, 7000, 9001, 50257, 65536, 20240520) if number != header[field]])
+            changed = header.tobytes() + good[1024:]
+        elif kind == 3:
+            changed = good[:draw.randrange(len(good))]
+        else:
+            changed = good + draw.randbytes(draw.randint(1, 300))
+        path.write_bytes(changed)
+        for mode in (dict(resume=checkpoint(folder, 5), eval_only=True), dict(num_iterations=1, run_id=f"fresh{number}")):
+            try:
+                said = train(folder, 2, **files, **mode)
+                assert path.name in said or "vocabular" in said
+            except AssertionError as error:
+                accepted.append((number, kind, path.name, mode, str(error)[:200]))
+        path.write_bytes(good)
+    assert not accepted
+    train(folder, resume=checkpoint(folder, 5), eval_only=True, **files)
+    assert sorted(path.name for path in folder.iterdir()) == ["run", "run.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def send(number):
+    """A signal to this process, where it does not end the tests if train_gpt.py is not ready for it."""
+    assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler), "nobody waits for the signal"
+    os.kill(os.getpid(), number)
+
+
+def before_step(monkeypatch, step, accident):
+    """Let something happen in a step, of those that this process takes the first one being 1."""
+    function, calls = train_gpt.training_step, [-2]  # there are two in the warm-up
+
+    def observed(*args):
+        calls[0] += 1
+        if calls[0] == step:
+            accident()
+        return function(*args)
+    monkeypatch.setattr(train_gpt, "training_step", observed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_signal_ends_the_run_after_the_step(number, step, train, whole, tmp_path, monkeypatch):
+    """With a checkpoint, a validation where one is due, and the flag that goes on from there."""
+    before_step(monkeypatch, step, lambda: send(number))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    said = train(tmp_path, 128 + number, save_every=100)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert number.name in said and f"--resume {checkpoint(tmp_path, step)}" in said
+    assert steps(tmp_path) == [line for line in steps(whole) if int(line[5:].split("/")[0]) <= step]
+    assert saved_steps(tmp_path) == [step]
+    monkeypatch.undo()
+    train(tmp_path, resume=re.search(r"--resume (\S+)", said)[1].rstrip("."), save_every=100)
+    assert_same_run(tmp_path, whole)
+
+
+def test_signal_without_save_every_saves_nothing_and_says_so(train, tmp_path, monkeypatch):
+    before_step(monkeypatch, 3, lambda: send(signal.SIGTERM))
+    said = train(tmp_path, 143)
+    assert "--resume" not in said and "nothing is saved" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run.txt"] and "step:3/12" in steps(tmp_path)[-1]
+
+
+def test_signal_in_the_last_step_is_not_early(train, whole, tmp_path, monkeypatch):
+    before_step(monkeypatch, 12, lambda: send(signal.SIGTERM))
+    train(tmp_path, save_every=100)
+    assert_same_run(tmp_path, whole)
+
+
+def test_second_signal_ends_the_run_in_the_step(train, tmp_path, monkeypatch):
+    """If it comes more than a second after the first; torchrun passes on what the terminal has sent to all."""
+    monotonic, later, sent = time.monotonic, [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + later[0])
+
+    def accident():
+        for seconds in (0, 0.1, 2):
+            later[0] += seconds
+            sent.append(seconds)
+            send(signal.SIGTERM)
+        raise AssertionError("the step goes on")
+    before_step(monkeypatch, 3, accident)
+    said = train(tmp_path, 143, save_every=100)
+    assert sent == [0, 0.1, 2] and "SIGTERM" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run.txt"] and "step:2/12" in steps(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_before_the_steps_ends_the_run_at_once(number, train, tmp_path, monkeypatch):
+    def warm_up(*_):
+        send(number)
+        raise AssertionError("the warm-up goes on")
+    monkeypatch.setattr(train_gpt, "warm_up", warm_up)
+    said = train(tmp_path, 128 + number, save_every=100)
+    assert number.name in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run.txt"] and not steps(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A loss that is not finite
+
+
+def not_finite_in_step(monkeypatch, step, value=math.nan):
+    function, calls = train_gpt.training_step, [-2]
+
+    def observed(*args):
+        calls[0] += 1
+        result = function(*args)
+        if calls[0] == step:
+            result[0] = value
+        return result
+    monkeypatch.setattr(train_gpt, "training_step", observed)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_ends_the_run(value, train, whole, tmp_path, monkeypatch):
+    """With the step, its tokens, their file, and the checkpoint to go back to."""
+    not_finite_in_step(monkeypatch, 6, value)
+    said = train(tmp_path, 2, save_every=3)
+    for word in (f"step 6 is {value}", "sequences 10 to 11", "tokens 1280 to 1535", "train_0.bin", str(checkpoint(tmp_path, 3))):
+        assert word in said
+    assert "train_1.bin" not in said
+    polled(lambda: not (tmp_path / "run" / "unfinished").exists(), "a write goes on")
+    assert saved_steps(tmp_path) == [3]
+    assert steps(tmp_path)[:-1] == [line for line in steps(whole) if int(line[5:].split("/")[0]) < 6]
+    assert steps(tmp_path)[-1] == f"step:6/12 train_loss:{value}"
+    monkeypatch.undo()
+    train(tmp_path, resume="auto", save_every=3)
+    assert_same_run(tmp_path, whole)
+
+
+def test_tokens_that_run_across_shards_are_in_both(train, tmp_path, monkeypatch):
+    """Token 9000 is the first of the second shard; and after 16001 the first begins again."""
+    for step, files in ((36, ["train_0.bin", "train_1.bin"]), (37, ["train_1.bin"]), (63, ["train_1.bin", "train_0.bin"])):
+        not_finite_in_step(monkeypatch, step)
+        said = train(tmp_path, 2, num_iterations=64, val_loss_every=0, run_id=f"run{step}")
+        assert f"step {step} " in said and f"tokens {(step - 1) * 256} to {step * 256 - 1}" in said and "none" in said
+        assert set(re.findall(r"train_\d.bin", said)) == set(files)
+        monkeypatch.undo()
+
+
+def test_checkpoint_that_is_named_is_the_newest_and_is_there(train, tmp_path, monkeypatch):
+    """Though it may still be on its way to the disk when the loss is seen, and the one before it is deleted then."""
+    not_finite_in_step(monkeypatch, 6)
+    said = train(tmp_path, 2, save_every=1, keep=1)
+    assert saved_steps(tmp_path) == [5] and str(checkpoint(tmp_path, 5)) in said
+
+
+@pytest.mark.parametrize("rate", ["embed_lr", "head_lr", "scalar_lr", "muon_lr"])
+def test_no_checkpoint_has_numbers_that_are_not_finite(rate, train, tmp_path):
+    """With a learning rate that no network survives. The step that spoils the weights has a good loss itself."""
+    said = train(tmp_path, 2, save_every=1, keep=100, **{rate: 1e38})
+    assert re.search("step [1-9]+ ", said)
+    for path in (tmp_path / "run").glob("*.pt") if (tmp_path / "run").exists() else ():
+        leaves = torch.utils._pytree.tree_leaves(course(path))
+        assert all(leaf.isfinite().all() for leaf in leaves if isinstance(leaf, torch.Tensor)), path
+        assert path.name in said or any(path < other for other in path.parent.glob("*.pt"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Real processes
+
+
+class Forked:
+    """A run of one or more processes of their own, at whose store they meet as at a launcher's."""
+
+    def __init__(self, ask, folder, flags, processes, script, environment, out):
+        self.folder, self.ask, self.said = folder, ask, folder / "said"
+        self.said.mkdir(parents=True, exist_ok=True)
+        number = len(list(self.said.glob("*.0.out")))
+        self.files = [(self.said / f"{number}.{rank}.out", self.said / f"{number}.{rank}.err") for rank in range(processes)]
+        place = dict(CUDA_VISIBLE_DEVICES="")
+        if processes > 1:
+            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            place |= dict(WORLD_SIZE=processes, GROUP_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=self.store.port,
+                          TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+        self.codes, self.ids = {}, []
+        for rank, files in enumerate(self.files):
+            for file in files:
+                file.touch()
+            more = dict(RANK=rank, LOCAL_RANK=rank) if processes > 1 else {}
+            self.ids.append(ask(dict(script=str(script), flags=flags, environment=place | more | environment,
+                                     out=str(out or files[0]), errors=str(files[1]))))
+
+    @property
+    def log(self):
+        path = self.folder / "logs" / "run.txt"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def errors(self):
+        return "".join(file.read_text() for _, file in self.files)
+
+    def has_ended(self):
+        for process in [process for process in self.ids if process not in self.codes]:
+            if (code := self.ask(process)) is not None:
+                self.codes[process] = code
+        return len(self.codes) == len(self.ids)
+
+    def until(self, true):
+        """Wait until something is the case, while the run goes on."""
+        polled(lambda: true() or self.has_ended(), "the run does not get there")
+        assert true(), (self.codes, self.errors)
+        return self
+
+    def until_step(self, step):
+        return self.until(lambda: f"\nstep:{step}/" in self.log)
+
+    def send(self, number, *ranks):
+        for rank in ranks or range(len(self.ids)):
+            if self.ids[rank] not in self.codes:
+                os.kill(self.ids[rank], number)
+        return self
+
+    def end(self):
+        """Wait for the exit codes."""
+        polled(self.has_ended, "the run does not end")
+        return [self.codes[process] for process in self.ids]
+
+
+@pytest.fixture(scope="module")
+def forks(shards):
+    """A function that starts a run in a folder, with the small settings and some others; whatever is left of it at the end is ended."""
+    server = subprocess.Popen([sys.executable, FORKED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env=os.environ | dict(OMP_NUM_THREADS="1"))
+    started = []
+
+    def ask(question):
+        server.stdin.write(json.dumps(question) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    def start(folder, processes=1, script=SCRIPT, out=None, environment={}, **settings):
+        flags = as_flags(**SMALL | shards | dict(log_dir=folder / "logs", run_id="run") | settings)
+        started.append(Forked(ask, folder, flags, processes, script, environment, out))
+        return started[-1]
+    yield start
+    for run in started:
+        run.has_ended()
+        run.send(signal.SIGKILL)
+    server.stdin.close()
+    server.wait(LIMIT)
+
+
+def newest(folder):
+    """The step of the newest checkpoint with a manifest."""
+    return max((int(path.stem[5:]) for path in (folder / "logs" / "run").glob("step_*.json")), default=0)
+
+
+def in_a_save(folder):
+    """Whether a checkpoint is being written, or was when the run was killed."""
+    names = set(os.listdir(folder / "logs" / "run")) if (folder / "logs" / "run").exists() else set()
+    return "unfinished" in names or {name[:13] for name in names if name.endswith(".pt")} != {name[:13] for name in names if name.endswith(".json")}
+
+
+def kill_often(forks, folder, kills, draw, **settings):
+    """Start a run and kill it with SIGKILL, again and again: some time after its start, some steps further than before, or then in
+    the next save. Returns how many of these left a checkpoint that was not whole."""
+    unfinished = []
+    for number in range(kills):
+        run = forks(folder, resume="auto", **settings)
+        if number % 4 == 0:
+            time.sleep(draw.uniform(0, 0.4))
+        else:
+            run.until_step(newest(folder) + draw.randint(1, 4))
+            run.until(lambda: number % 4 == 1 or in_a_save(folder))
+            time.sleep(draw.uniform(0, 0.02) if number % 4 < 3 else 0)
+        run.send(signal.SIGKILL)
+        assert set(run.end()) == {-signal.SIGKILL}, (number, run.errors)
+        unfinished.append(in_a_save(folder))
+        assert not run.errors
+    return sum(unfinished)
+
+
+def run_to_the_end(forks, folder, **settings):
+    run = forks(folder, **settings)
+    assert set(run.end()) == {0} and not run.errors, run.errors
+    return folder / "logs"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_run_that_is_killed_twenty_times_is_the_one_that_was_not(threads, forks, tmp_path):
+    """Bit for bit, at random moments, saving included, by the same command each time."""
+    settings = FINITE | dict(environment=dict(OMP_NUM_THREADS=threads))
+    reference = run_to_the_end(forks, tmp_path / "reference", **settings)
+    unfinished = kill_often(forks, tmp_path, 20 if threads == 1 else 4, random.Random(threads), **settings)
+    assert 0 < newest(tmp_path) < 150
+    assert threads > 1 or unfinished > 2
+    assert_same_run(run_to_the_end(forks, tmp_path, resume="auto", **settings), reference)
+    assert saved_steps(tmp_path / "logs") == [158, 160]
