@@ -959,3 +959,225 @@ def test_run_that_is_killed_twenty_times_is_the_one_that_was_not(threads, forks,
     assert threads > 1 or unfinished > 2
     assert_same_run(run_to_the_end(forks, tmp_path, resume="auto", **settings), reference)
     assert saved_steps(tmp_path / "logs") == [158, 160]
+
+
+def test_two_processes_that_are_killed(forks, tmp_path):
+    """Both, bit for bit; and each process's momentum was in the checkpoint of the first."""
+    settings = dict(processes=2, num_iterations=60, save_every=2, timeout=30)
+    reference = run_to_the_end(forks, tmp_path / "reference", **settings)
+    kill_often(forks, tmp_path, 5, random.Random(3), **settings)
+    assert 0 < newest(tmp_path) < 56
+    assert_same_run(run_to_the_end(forks, tmp_path, resume="auto", **settings), reference)
+
+
+def test_run_that_goes_on_with_another_number_of_processes(forks, tmp_path):
+    """From two to one and to two again: the curve of one, within rounding, by all digits of it."""
+    def record(folder, processes=1, **more):
+        (folder / "record").mkdir(parents=True)
+        run_to_the_end(forks, folder, processes=processes, script=OBSERVED, environment=dict(RECORD=str(folder / "record")),
+                       **dict(num_iterations=40, save_every=10, keep=9, timeout=30) | more)
+        return json.loads((folder / "record" / "0.json").read_text())
+    alone = record(tmp_path / "alone")
+    killed = forks(tmp_path / "two", processes=2, num_iterations=40, save_every=10, timeout=30)
+    killed.until(lambda: newest(killed.folder) >= 10).send(signal.SIGKILL).end()
+    first = newest(killed.folder)
+    for processes, begin, source in ((1, first, "two"), (2, 20, "alone")):
+        folder = tmp_path / f"to{processes}"
+        found = record(folder, processes, resume=checkpoint(tmp_path / source / "logs", begin))
+        assert len(found["losses"]) == 40 - begin and alone["losses"][-1] < alone["losses"][0] - 0.5
+        assert found["losses"] == pytest.approx(alone["losses"][begin:], abs=1e-4, rel=0)
+        assert found["validations"] == pytest.approx(alone["validations"][-len(found["validations"]):], abs=1e-4, rel=0)
+        assert f"\nresumed from {checkpoint(tmp_path / source / 'logs', begin)}" in (folder / "logs" / "run.txt").read_text()
+
+
+DIES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_gpt
+changes = 0
+def die(event, arguments):
+    "Before the process changes something in the run's folder for the AT-th time."
+    global changes
+    writes = event in ("os.rename", "os.remove", "os.mkdir") or event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+    if writes and (str(arguments[0]) + "/").startswith({folder!r}):
+        changes += 1
+        if changes == int(os.environ["AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+sys.exit(train_gpt.main())
+"""
+
+
+def test_run_that_dies_before_each_change_of_its_folder(forks, whole, tmp_path):
+    """Whichever was the last thing that it did to a file, the next start finds a whole checkpoint, and never an older one than
+    there was."""
+    script = tmp_path / "dies.py"
+    script.write_text(DIES.format(root=str(ROOT), folder=f"{tmp_path}/logs/run/"))
+    settings = dict(script=script, resume="auto", save_every=1, num_iterations=60)
+    reference = run_to_the_end(forks, tmp_path / "reference", **settings, environment=dict(AT=0))
+    before, left = 0, set()
+    for at in range(1, 20):
+        run = forks(tmp_path, **settings, environment=dict(AT=at))
+        assert run.end() == [-signal.SIGKILL] and not run.errors
+        assert newest(tmp_path) >= before
+        before = newest(tmp_path)
+        if before:
+            assert is_whole(checkpoint(tmp_path / "logs", before))
+        left.add(in_a_save(tmp_path))
+    assert left == {True, False} and 10 < before < 50  # several saves, the later ones of which delete
+    assert_same_run(run_to_the_end(forks, tmp_path, **settings, environment=dict(AT=0)), reference)
+    assert saved_steps(tmp_path / "logs") == [59, 60]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Signals and losses of several processes
+
+
+def assert_stopped_after_one_step(log, said, folder, train):
+    """One line in all, with a checkpoint of the step that the log ends with, from which the run goes on."""
+    (sentence,) = [line for line in said.splitlines() if line.startswith("train_gpt.py: ")]
+    path = Path(re.search(r"--resume (\S+)", sentence)[1])
+    last = int(re.findall(r"^step:(\d+)/", log, re.MULTILINE)[-1])
+    assert path == checkpoint(folder / "logs", last) and is_whole(path) and f"step {last} " in sentence
+    assert re.search(rf"^step:{last}/\S+ val_loss", train(folder / "logs", resume=path, eval_only=True, num_iterations=100000), re.MULTILINE)
+    assert 'File "' + str(SCRIPT) not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_process_that_is_asked_to_end(number, forks, train, tmp_path):
+    """One alone, whose exit code tells."""
+    run = forks(tmp_path, **ENDLESS).until_step(4).send(number)
+    assert run.end() == [128 + number]
+    assert_stopped_after_one_step(run.log, run.errors, tmp_path, train)
+    assert number.name in run.errors
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_two_processes_of_which_some_are_asked_to_end(ranks, forks, train, tmp_path):
+    run = forks(tmp_path, processes=2, **ENDLESS, timeout=30).until_step(4).send(signal.SIGTERM, *ranks)
+    assert run.end() == [143, 143]
+    assert_stopped_after_one_step(run.log, run.errors, tmp_path, train)
+
+
+def test_second_request_ends_processes_that_hang_at_once(forks, tmp_path):
+    run = forks(tmp_path, processes=2, script=OBSERVED, environment=dict(ACCIDENT="hang"), save_every=1, **dict(SMALL, num_iterations=1000, timeout=300))
+    run.until_step(3).send(signal.SIGTERM)
+    time.sleep(1.2)
+    assert not run.has_ended()  # a step that hangs is not over
+    begin = time.monotonic()
+    assert run.send(signal.SIGTERM).end() == [143, 143] and time.monotonic() - begin < 60
+    assert len([line for line in run.errors.splitlines() if line.startswith("train_gpt.py: ")]) == 1 and "SIGTERM" in run.errors
+
+
+def test_two_processes_with_a_loss_that_is_not_finite(forks, tmp_path):
+    run = forks(tmp_path, processes=2, save_every=1, embed_lr=1e38, timeout=30)
+    assert run.end() == [2, 2]
+    assert_one_sentence(run.errors)
+    (step,) = re.findall(r"step (\d+)", run.errors.split(";")[0])
+    assert f"step:{step}/12 " in steps(tmp_path / "logs")[-1]
+
+
+@pytest.fixture(scope="module")
+def launched(shards, tmp_path_factory):
+    """Runs of two processes by torchrun, one asked to end as batch systems do it, one from the keyboard, by a signal to all."""
+    runs = []
+    for name in ("batch", "keyboard"):
+        folder = tmp_path_factory.mktemp(name)
+        flags = as_flags(**SMALL | ENDLESS | shards | dict(log_dir=folder / "logs", run_id="run"))
+        runs.append(Started(folder, [torchrun(*flags)]))
+    yield runs
+    for run in runs:
+        run.clear()
+
+
+@pytest.mark.parametrize("index, stop", [(0, os.kill), (1, os.killpg)], ids=["batch", "keyboard"])
+def test_torchrun_that_is_asked_to_end(index, stop, launched, train):
+    """Which it passes on, also where it has come to all already: all processes stop after the same step."""
+    run = launched[index].until("\nstep:4/")
+    stop(run.launchers[0].pid, (signal.SIGTERM, signal.SIGINT)[index])
+    run.end()
+    assert all(run.codes) and not run.survivors
+    assert_stopped_after_one_step(run.log, run.errors[0], run.folder, train)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Full disks
+
+
+@contextlib.contextmanager
+def room(size, process=0):
+    """The largest size of a file that a process can write; more room is not on the disk."""
+    before = resource.prlimit(process, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, before)
+
+
+def complaints(said):
+    lines = said.splitlines()
+    assert all(line.startswith("train_gpt.py: ") and "cannot be written" in line for line in lines), said
+    return ["checkpoint" if "checkpoint" in line else "log" for line in lines]
+
+
+def test_disk_that_is_full_for_a_while(forks, train, tmp_path):
+    """The training goes on; when there is room again, the lines that are missing come, and the next checkpoint."""
+    os.mkfifo(tmp_path / "out")
+    out = os.fdopen(os.open(tmp_path / "out", os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0)  # no file, so that it has no limit
+    printed = bytearray()
+
+    def has_printed(step):
+        with contextlib.suppress(BlockingIOError):
+            printed.extend(out.read() or b"")
+        return f"\nstep:{step}/".encode() in printed
+    run = forks(tmp_path, out=tmp_path / "out", **ENDLESS)
+    run.until(lambda: has_printed(7) and newest(tmp_path))
+    with room(len(run.log) + 100, run.ids[0]):
+        reached = int(re.findall(rb"\nstep:(\d+)/", bytes(printed))[-1])
+        run.until(lambda: has_printed(reached + 20))
+        saved, length = newest(tmp_path), len(run.log)
+        run.until(lambda: has_printed(reached + 30))
+        assert newest(tmp_path) == saved and len(run.log) == length  # nothing more has been written
+        assert sorted(complaints(run.errors)) == ["checkpoint", "log"]
+    run.until(lambda: (has_printed(0), newest(tmp_path) > saved)[1])
+    run.until(lambda: has_printed(newest(tmp_path) + 7))
+    run.send(signal.SIGTERM)
+    polled(lambda: (has_printed(0), run.has_ended())[1], "the run does not end")
+    assert run.end() == [143]
+    assert sorted(complaints(run.errors[:run.errors.index("train_gpt.py: stopped")])) == ["checkpoint", "log"]
+    assert_stopped_after_one_step(run.log, run.errors, tmp_path, train)
+    trained = [int(step) for step in re.findall(r"^step:(\d+)/\d+ train_time:\d+ms step_avg:[\d.]+ms train_loss:\d\.\d{4}$", run.log, re.MULTILINE)]
+    assert trained == list(range(1, len(trained) + 1)) and len(trained) > reached + 30
+    assert len(saved_steps(tmp_path / "logs")) == 2
+
+
+def test_disk_that_stays_full(shards, whole, tmp_path, capfd, monkeypatch):
+    """From the beginning to the end: said once of each, and the training ends well."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capfd.readouterr()
+    with room(50000):
+        code = train_gpt.main(as_flags(**SMALL | shards | dict(log_dir=tmp_path, run_id="run", save_every=2)))
+    printed = capfd.readouterr()
+    assert code == 0 and sorted(complaints(printed.err)) == ["checkpoint", "log"]
+    assert [TIMES.sub("", line) for line in printed.out.splitlines() if line.startswith("step:")] == steps(whole)
+    assert not list((tmp_path / "run").glob("*")) and (tmp_path / "run.txt").stat().st_size <= 50000
+
+
+def test_stop_while_the_disk_is_full_says_what_is_saved(shards, tmp_path, capfd, monkeypatch):
+    """Namely nothing, and not for want of the flag."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before_step(monkeypatch, 3, lambda: send(signal.SIGTERM))
+    capfd.readouterr()
+    with room(50000):
+        code = train_gpt.main(as_flags(**SMALL | shards | dict(log_dir=tmp_path, run_id="run", save_every=100)))
+    sentence = capfd.readouterr().err.splitlines()[-1]
+    assert code == 143 and "--resume" not in sentence and "for want of --save_every" not in sentence
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stdout_on_a_full_device_does_not_end_the_training(processes, forks, whole, tmp_path):
+    run = forks(tmp_path, out="/dev/full", processes=processes, save_every=6)
+    assert run.end() == [0] * processes, run.errors
+    assert len(run.errors.splitlines()) <= 1 and "Traceback" not in run.errors
+    assert len(steps(tmp_path / "logs")) == len(steps(whole)) and "\npeak memory" in run.log
+    assert saved_steps(tmp_path / "logs") == [6, 12]
