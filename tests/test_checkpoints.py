@@ -198,8 +198,8 @@ def test_checkpoints_of_multiples_and_the_last_step_of_which_the_newest_stay(eve
 
 
 def test_writing_goes_on_beside_the_training(train, whole, tmp_path, monkeypatch):
-    """Nothing is written before another step has begun, which could not be if the training waited; and what is written then is
-    the state of the step before."""
+    """Nothing is written before another step is over, which could not be if the training waited; and what is written then is the
+    state before that step."""
     taken, next_batch, save = threading.Condition(), train_gpt.DistributedDataLoader.next_batch, torch.save
     batches = []
 
@@ -212,7 +212,7 @@ def test_writing_goes_on_beside_the_training(train, whole, tmp_path, monkeypatch
     def slow(state, *args, **kwargs):
         assert threading.current_thread() is not threading.main_thread()
         with taken:
-            assert taken.wait_for(lambda: len(batches) > 2 * state["step"] or state["step"] == 12, 30)
+            assert taken.wait_for(lambda: len(batches) > 2 * state["step"] + 2 or state["step"] == 12, 30)
         return save(state, *args, **kwargs)
 
     monkeypatch.setattr(train_gpt.DistributedDataLoader, "next_batch", observed)
@@ -839,7 +839,7 @@ class Forked:
         self.said.mkdir(parents=True, exist_ok=True)
         number = len(list(self.said.glob("*.0.out")))
         self.files = [(self.said / f"{number}.{rank}.out", self.said / f"{number}.{rank}.err") for rank in range(processes)]
-        place = dict(CUDA_VISIBLE_DEVICES="")
+        place = {}
         if processes > 1:
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             place |= dict(WORLD_SIZE=processes, GROUP_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=self.store.port,
@@ -874,7 +874,8 @@ class Forked:
         return self
 
     def until_step(self, step):
-        return self.until(lambda: f"\nstep:{step}/" in self.log)
+        """Wait until this run, and not one before that had the same log, has written down a step."""
+        return self.until(lambda: f"\nstep:{step}/" in self.files[0][0].read_text())
 
     def send(self, number, *ranks):
         for rank in ranks or range(len(self.ids)):
@@ -892,7 +893,7 @@ class Forked:
 def forks(shards):
     """A function that starts a run in a folder, with the small settings and some others; whatever is left of it at the end is ended."""
     server = subprocess.Popen([sys.executable, FORKED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              env=os.environ | dict(OMP_NUM_THREADS="1"))
+                              env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
     started = []
 
     def ask(question):
@@ -917,29 +918,32 @@ def newest(folder):
     return max((int(path.stem[5:]) for path in (folder / "logs" / "run").glob("step_*.json")), default=0)
 
 
-def in_a_save(folder):
-    """Whether a checkpoint is being written, or was when the run was killed."""
-    names = set(os.listdir(folder / "logs" / "run")) if (folder / "logs" / "run").exists() else set()
-    return "unfinished" in names or {name[:13] for name in names if name.endswith(".pt")} != {name[:13] for name in names if name.endswith(".json")}
+def not_whole(folder):
+    """What is there of checkpoints that are being written, or that a run was killed over: names, numbers and times of files."""
+    with contextlib.suppress(FileNotFoundError):  # there is no folder yet, or one of them is whole meanwhile
+        files = {entry.name: entry.stat() for entry in os.scandir(folder / "logs" / "run")}
+        return {(name, at.st_ino, at.st_mtime_ns) for name, at in files.items()
+                if name == "unfinished" or name.endswith(".pt") and name.replace(".pt", ".json") not in files}
+    return set()
 
 
 def kill_often(forks, folder, kills, draw, **settings):
     """Start a run and kill it with SIGKILL, again and again: some time after its start, some steps further than before, or then in
     the next save. Returns how many of these left a checkpoint that was not whole."""
-    unfinished = []
+    in_a_save = 0
     for number in range(kills):
-        run = forks(folder, resume="auto", **settings)
+        before, run = not_whole(folder), forks(folder, resume="auto", **settings)
         if number % 4 == 0:
             time.sleep(draw.uniform(0, 0.4))
         else:
             run.until_step(newest(folder) + draw.randint(1, 3))
-            run.until(lambda: number % 4 == 1 or in_a_save(folder))
+            run.until(lambda: number % 4 == 1 or not_whole(folder) - before)
             time.sleep(draw.uniform(0, 0.02) if number % 4 < 3 else 0)
         run.send(signal.SIGKILL)
         assert set(run.end()) == {-signal.SIGKILL}, (number, run.errors)
-        unfinished.append(in_a_save(folder))
         assert not run.errors
-    return sum(unfinished)
+        in_a_save += bool(not_whole(folder) - before)
+    return in_a_save
 
 
 def run_to_the_end(forks, folder, **settings):
@@ -948,13 +952,13 @@ def run_to_the_end(forks, folder, **settings):
     return folder / "logs"
 
 
-@pytest.mark.parametrize("kills, threads, length", [(20, 1, 70), (3, 2, 40)])
+@pytest.mark.parametrize("kills, threads, length", [(20, 1, 120), (3, 2, 40)])
 def test_run_that_is_killed_often_is_the_one_that_was_not(kills, threads, length, forks, tmp_path):
     """Bit for bit, at random moments, saving included, by the same command each time."""
     settings = dict(num_iterations=length, save_every=2, environment=dict(OMP_NUM_THREADS=threads))
     reference = run_to_the_end(forks, tmp_path / "reference", **settings)
-    unfinished = kill_often(forks, tmp_path, kills, random.Random(threads), **settings)
-    assert 0 < newest(tmp_path) < length - 4 and (kills < 20 or unfinished > 2)
+    in_a_save = kill_often(forks, tmp_path, kills, random.Random(threads), **settings)
+    assert 0 < newest(tmp_path) < length - 4 and (kills < 20 or in_a_save > 2)
     assert_same_run(run_to_the_end(forks, tmp_path, resume="auto", **settings), reference)
     assert saved_steps(tmp_path / "logs") == [length - 2, length]
 
@@ -1021,7 +1025,7 @@ def test_run_that_dies_before_each_change_of_its_folder(forks, whole, tmp_path):
         before = newest(tmp_path)
         if before:
             assert is_whole(checkpoint(tmp_path / "logs", before))
-        left.add(in_a_save(tmp_path))
+        left.add(bool(not_whole(tmp_path)))
     assert left == {True, False} and 10 < before < 50  # several saves, the later ones of which delete
     assert_same_run(run_to_the_end(forks, tmp_path, **settings, environment=dict(AT=0)), reference)
     assert saved_steps(tmp_path / "logs") == [59, 60]
@@ -1073,6 +1077,24 @@ def test_two_processes_with_a_loss_that_is_not_finite(forks, tmp_path):
     assert_one_sentence(run.errors)
     (step,) = re.findall(r"step (\d+)", run.errors.split(";")[0])
     assert f"step:{step}/12 " in steps(tmp_path / "logs")[-1]
+
+
+def test_two_processes_that_validate_a_checkpoint(forks, whole, tmp_path):
+    """Of one process: the same loss, once."""
+    before = content(whole)
+    run = forks(tmp_path, processes=2, resume=checkpoint(whole, 8), eval_only=True)
+    assert run.end() == [0, 0] and not run.errors
+    (found,) = re.findall(r"^step:8/12 val_loss:([\d.]+)", "".join(out.read_text() for out, _ in run.files), re.MULTILINE)
+    (expected,) = [re.search(r"val_loss:([\d.]+)", line)[1] for line in steps(whole) if line.startswith("step:8/12 val_loss")]
+    assert float(found) == pytest.approx(float(expected), abs=1.5e-4) and not run.log and content(whole) == before
+
+
+@pytest.mark.parametrize("settings, word", [(dict(muon_lr=0.04), "--muon_lr"), (dict(resume="missing.pt"), "missing")])
+def test_two_processes_that_cannot_go_on_say_so_once(settings, word, forks, whole, tmp_path):
+    run = forks(tmp_path, processes=2, **dict(resume=checkpoint(whole, 8)) | settings)
+    assert run.end() == [2, 2]
+    assert_one_sentence(run.errors)
+    assert word in run.errors and not run.log
 
 
 @pytest.fixture(scope="module")
