@@ -614,21 +614,21 @@ def test_process_that_is_killed(start, shards, tmp_path):
 def test_interrupt_of_the_launcher(start, shards, tmp_path):
     run = start([torchrun(*flags(tmp_path, shards, ENDLESS))]).until("step:4/")
     os.kill(run.launchers[0].pid, signal.SIGINT)
-    assert_ended_with(run.end(), "keyboard")
+    assert_ended_with(run.end(), "SIGINT", "after step")
 
 
 def test_interrupt_from_the_keyboard(start, shards, tmp_path):
     """Which the terminal sends to all processes."""
     run = start([torchrun(*flags(tmp_path, shards, ENDLESS))]).until("step:4/")
     os.killpg(run.launchers[0].pid, signal.SIGINT)
-    assert_ended_with(run.end(), "keyboard")
+    assert_ended_with(run.end(), "SIGINT", "after step")
 
 
 def test_request_to_end(start, shards, tmp_path):
     """As batch systems send it."""
     run = start([torchrun(*flags(tmp_path, shards, ENDLESS))]).until("step:4/")
     os.kill(run.launchers[0].pid, signal.SIGTERM)
-    assert_ended_with(run.end(), "SIGTERM")
+    assert_ended_with(run.end(), "SIGTERM", "after step")
 
 
 def test_process_that_hangs(stopped_and_hung):

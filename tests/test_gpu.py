@@ -197,5 +197,5 @@ def test_running_out_of_memory_ends_with_the_flags_that_fit(tmp_path, make_shard
 def test_the_process_takes_its_own_card_with_growing_segments():
     code = ("import torch, train_gpt; m = train_gpt.Machine.detect(); assert torch.cuda.current_device() == m.device.index;"
             "assert torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments'];"
-            "value = torch.full((), 3.5, device=m.device); assert m.read_later(value)() == 3.5")
+            "values = torch.tensor([3.5, 1.0], device=m.device); assert m.read_later(values)() == [3.5, 1.0]")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
