@@ -121,8 +121,9 @@ def saved_steps(folder):
 
 
 def course(path):
-    """What a checkpoint holds, but for what it says of the log, where there are times, and of how it was made."""
-    return {name: value for name, value in torch.load(path, weights_only=True).items() if name not in ("log", "made")}
+    """What a checkpoint holds, but for times, and what it says of the log and of how it was made."""
+    aside = "ms", "best", "run_id", "made"
+    return {name: value for name, value in torch.load(path, weights_only=True).items() if name not in aside}
 
 
 def assert_same_checkpoint(path, other):
@@ -142,7 +143,7 @@ def steps(folder, name="run"):
 
 def closing(folder, name="run"):
     """What the last lines say of the whole run, times and memory aside."""
-    return re.findall("^(?:best val_loss|passes over).*", (folder / f"{name}.txt").read_text(), re.MULTILINE)
+    return re.findall(r"(?:best val_loss|passes over the training tokens): [\d.]+", (folder / f"{name}.txt").read_text())
 
 
 def assert_same_run(folder, other, step=None):
@@ -235,7 +236,7 @@ def test_clock_stands_still_while_saving(train, tmp_path, monkeypatch):
             now[0] += seconds
             return function(*args)
         monkeypatch.setattr(owner, name, slow)
-    takes(torch, "get_rng_state", 3600)  # of which a checkpoint's copy cannot do without
+    takes(torch.optim.Optimizer, "state_dict", 3600)  # of which no checkpoint can do without
     takes(train_gpt, "training_step", 1)
     train(tmp_path, save_every=1)
     assert now[0] > 12 * 3600
@@ -263,7 +264,7 @@ def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, cop
     assert [TIMES.sub("", line) for line in out.splitlines() if line.startswith("step:")] == [
         line for line in steps(whole) if int(line[5:].split("/")[0]) > step]
     log = (folder / "run.txt").read_text()
-    assert len(re.findall(rf"^resumed from {re.escape(str(path))}", log, re.MULTILINE)) == 1
+    assert log.count(f"resumed from {path}\n") == 1
     assert log.startswith(SCRIPT.read_text())
     assert log.split("\nsample: ")[-1] == (whole / "run.txt").read_text().split("\nsample: ")[-1]  # the sample at the end, too
 
@@ -543,17 +544,16 @@ def manifest_of_something_else(path, other):
     path.with_suffix(".json").write_text("[1, 2]")
 
 
-@pytest.mark.parametrize("spoil, word", [
-    (newer_format, "format 2"), (truncated, "damaged"), (longer, "damaged"), (altered, "damaged"), (empty, "damaged"), (swapped_checkpoints, "damaged"),
-    (swapped_manifests, "damaged"), (without_manifest, "step_00000005.json"), (without_checkpoint, "step_00000005.pt"), (a_folder, "step_00000005.pt"),
-    (manifest_of_something_else, "step_00000005")], ids=lambda value: getattr(value, "__name__", ""))
-def test_checkpoint_that_is_not_whole_is_refused(spoil, word, train, copied):
+@pytest.mark.parametrize("spoil", [
+    newer_format, truncated, longer, altered, empty, swapped_checkpoints, swapped_manifests, without_manifest, without_checkpoint, a_folder,
+    manifest_of_something_else])
+def test_checkpoint_that_is_not_whole_is_refused(spoil, train, copied):
     folder = copied(5, 10)
     spoil(checkpoint(folder, 5), checkpoint(folder, 10))
     before = content(folder)
     for mode in (dict(), dict(eval_only=True)):
         said = train(folder, 2, resume=checkpoint(folder, 5), **mode)
-        assert word in said and "step_00000005" in said
+        assert str(checkpoint(folder, 5)) in said and ("format 2" in said) == (spoil is newer_format)
     assert content(folder) == before
 
 
@@ -568,7 +568,7 @@ def smaller(whole):
 STRANGE = dict(
     list=lambda whole: [1, 2, 3], number=lambda whole: 3, tensor=lambda whole: torch.zeros(3), empty=lambda whole: {}, weights=lambda whole: whole["modules"][0],
     course_alone=lambda whole: dict(course=whole["course"]), smaller=smaller, later=lambda whole: whole | dict(step=13), no_step=lambda whole: whole | dict(step="five"),
-    **{f"without_{name}": without(name) for name in ("step", "course", "log", "modules", "position", "random")})
+    **{f"without_{name}": without(name) for name in ("step", "course", "ms", "best", "modules", "position", "random")})
 
 
 @pytest.mark.parametrize("what", STRANGE)
@@ -811,7 +811,15 @@ def test_tokens_that_run_across_shards_are_in_all_of_these(train, tmp_path, monk
 
 
 def test_checkpoint_that_is_named_is_the_newest_and_is_there(train, tmp_path, monkeypatch):
-    """Though it may still be on its way to the disk when the loss is seen, and the one before it is deleted then."""
+    """Though it is still on its way to the disk when the loss is seen, and the one before it is deleted then."""
+    seen, save = threading.Event(), torch.save
+
+    def slow(state, *args, **kwargs):
+        assert state["step"] < 5 or seen.wait(30)
+        time.sleep(0.1 * seen.is_set())
+        return save(state, *args, **kwargs)
+    monkeypatch.setattr(torch, "save", slow)
+    before_step(monkeypatch, 6, seen.set)
     not_finite_in_step(monkeypatch, 6)
     said = train(tmp_path, 2, save_every=1, keep=1)
     assert saved_steps(tmp_path) == [5] and str(checkpoint(tmp_path, 5)) in said
@@ -952,7 +960,7 @@ def run_to_the_end(forks, folder, **settings):
     return folder / "logs"
 
 
-@pytest.mark.parametrize("kills, threads, length", [(20, 1, 120), (3, 2, 40)])
+@pytest.mark.parametrize("kills, threads, length", [(20, 1, 80), (3, 2, 30)])
 def test_run_that_is_killed_often_is_the_one_that_was_not(kills, threads, length, forks, tmp_path):
     """Bit for bit, at random moments, saving included, by the same command each time."""
     settings = dict(num_iterations=length, save_every=2, environment=dict(OMP_NUM_THREADS=threads))
@@ -965,10 +973,10 @@ def test_run_that_is_killed_often_is_the_one_that_was_not(kills, threads, length
 
 def test_two_processes_that_are_killed(forks, tmp_path):
     """Both, bit for bit; and each process's momentum was in the checkpoint of the first."""
-    settings = dict(processes=2, num_iterations=50, save_every=2, timeout=30)
+    settings = dict(processes=2, num_iterations=36, save_every=2, timeout=30)
     reference = run_to_the_end(forks, tmp_path / "reference", **settings)
     kill_often(forks, tmp_path, 5, random.Random(3), **settings)
-    assert 0 < newest(tmp_path) < 46
+    assert 0 < newest(tmp_path) < 32
     assert_same_run(run_to_the_end(forks, tmp_path, resume="auto", **settings), reference)
 
 
@@ -989,7 +997,7 @@ def test_run_that_goes_on_with_another_number_of_processes(forks, tmp_path):
         assert len(found["losses"]) == 40 - begin and alone["losses"][-1] < alone["losses"][0] - 0.5
         assert found["losses"] == pytest.approx(alone["losses"][begin:], abs=1e-4, rel=0)
         assert found["validations"] == pytest.approx(alone["validations"][-len(found["validations"]):], abs=1e-4, rel=0)
-        assert f"\nresumed from {checkpoint(tmp_path / source / 'logs', begin)}" in (folder / "logs" / "run.txt").read_text()
+        assert f"resumed from {checkpoint(tmp_path / source / 'logs', begin)}\n" in (folder / "logs" / "run.txt").read_text()
 
 
 DIES = """
@@ -1015,10 +1023,10 @@ def test_run_that_dies_before_each_change_of_its_folder(forks, whole, tmp_path):
     there was."""
     script = tmp_path / "dies.py"
     script.write_text(DIES.format(root=str(ROOT), folder=f"{tmp_path}/logs/run/"))
-    settings = dict(script=script, resume="auto", save_every=1, num_iterations=60)
+    settings = dict(script=script, resume="auto", save_every=1, num_iterations=40)
     reference = run_to_the_end(forks, tmp_path / "reference", **settings, environment=dict(AT=0))
     before, left = 0, set()
-    for at in range(1, 20):
+    for at in range(1, 18):
         run = forks(tmp_path, **settings, environment=dict(AT=at))
         assert run.end() == [-signal.SIGKILL] and not run.errors
         assert newest(tmp_path) >= before
@@ -1026,9 +1034,9 @@ def test_run_that_dies_before_each_change_of_its_folder(forks, whole, tmp_path):
         if before:
             assert is_whole(checkpoint(tmp_path / "logs", before))
         left.add(bool(not_whole(tmp_path)))
-    assert left == {True, False} and 10 < before < 50  # several saves, the later ones of which delete
+    assert left == {True, False} and 6 < before < 36  # several saves, the later ones of which delete
     assert_same_run(run_to_the_end(forks, tmp_path, **settings, environment=dict(AT=0)), reference)
-    assert saved_steps(tmp_path / "logs") == [59, 60]
+    assert saved_steps(tmp_path / "logs") == [39, 40]
 
 
 # ---------------------------------------------------------------------------------------------------------
