@@ -8,7 +8,7 @@ one, or on a CPU, and imports without running. What has been seen, on which hard
 """
 
 import argparse, bisect, concurrent.futures, contextlib, copy, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib, json, math, os
-import platform, re, resource, select, signal, subprocess, sys, threading, time
+import platform, re, select, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
@@ -69,9 +69,7 @@ class Machine:
         """`map`; on a CPU two at a time, each on half of the cores: small tensors gain more from that than from all."""
         half = 0 if self.is_gpu or self.world_size > 1 else torch.get_num_threads() // 2
         return concurrent.futures.ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(half,)).map if half else map
-    def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
-        self.is_gpu and torch.cuda.synchronize(self.device)
+    synchronize = lambda self: self.is_gpu and torch.cuda.synchronize(self.device)  # wait until all is done that was asked of it
     def read_later(self, values: Tensor):
         """Start copying a tensor to the host. The function returned waits for that copy alone, and gives its numbers."""
         if not self.is_gpu: return values.tolist
@@ -81,7 +79,7 @@ class Machine:
     def peak_memory(self) -> tuple[int, int]:
         """Peak memory in MiB, (allocated, reserved); on a CPU the most that was ever resident, twice."""
         if self.is_gpu: return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10),) * 2
+        return (importlib.import_module("resource").getrusage(0).ru_maxrss >> (20 if sys.platform == "darwin" else 10),) * 2  # 0: its own
 
 # ---------- FP8 matmul: e4m3, for gradients e5m2, by fixed scales: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022)
 def fused_on_gpu(function):
@@ -172,11 +170,12 @@ class Muon(torch.optim.Optimizer):
         gathered = updates.new_empty(len(updates) * self.world_size, *shape)
         return gathered, all_gather(gathered, updates, async_op=True)
     def whole_state_dict(self) -> dict:
-        """`state_dict` with the momentum of all processes, who have to call it together; `load_state_dict` takes it on any number."""
+        """`state_dict`, on process 0 with the momentum of all, who have to call it together; any number of processes can load it."""
         whole = self.state_dict()
         for i, p in enumerate(self.owner) if self.world_size > 1 else ():  # in the order in which state_dict numbers them
-            whole["state"][i] = dict(momentum_buffer=self.state.get(p, {}).get("momentum_buffer", torch.empty_like(p)))
-            dist.broadcast(whole["state"][i]["momentum_buffer"], self.owner[p])
+            buffer = self.state[p]["momentum_buffer"] if p in self.state else torch.empty_like(p)
+            dist.broadcast(buffer, self.owner[p])
+            if self.rank == 0: whole["state"][i] = dict(momentum_buffer=buffer.cpu())
         return whole
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over what was saved, of the momentum this process's share alone."""
@@ -220,8 +219,7 @@ class BlockSparseAttention(torch.autograd.Function):
         return (ds @ k).flatten(1, 2), to_keys(ds.mT @ q), to_keys(p.mT @ grad), None, None, None
 @torch.compiler.disable
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
-    """What `flex_attention` returns for the same arguments, with a backward pass on every device. q, k, v and the result are
-    (1, heads, T, head_dim). Only listed blocks are touched, so the cost grows with T * window; who sees nothing gets zeros."""
+    """What `flex_attention` returns for (1, heads, T, head_dim), with a backward pass on every device, in time that grows as T * window."""
     blocks, bias, sees = block_sparse_plan(block_mask)
     out = BlockSparseAttention.apply(q[0], k[0], v[0], blocks, bias, scale)
     return (out if sees is None else out * sees)[None]
@@ -238,8 +236,7 @@ def next_multiple_of_n(v: float, *, n: int) -> int:
     """The smallest positive multiple of n that is at least v."""
     return max(1, math.ceil(v / n)) * n
 class CastedLinear(nn.Module):
-    """`x @ weight.T`, no bias; the weight, (out_features, in_features), is float32, and cast to the activations' dtype at each use.
-    use_fp8: multiply in FP8 in training, where the hardware can, with scales for activations, weight and gradient."""
+    """`x @ weight.T`; weight: (out_features, in_features), float32, cast at each use. use_fp8: in training, where the hardware can."""
     def __init__(self, in_features: int, out_features: int, use_fp8: bool = False, x_s: float = 1.0, w_s: float = 1.0, grad_s: float = 1.0):
         super().__init__()
         self.use_fp8, self.x_s, self.w_s, self.grad_s = use_fp8, x_s, w_s, grad_s
@@ -267,8 +264,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", torch.cat([angle.sin(), -angle.sin()], dim=1), persistent=False)
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
-        if x.size(1) > self.cos.size(0):
-            raise ValueError(f"a sequence of {x.size(1)} tokens is longer than max_seq_len, {self.cos.size(0)}")
+        if x.size(1) > self.cos.size(0): raise ValueError(f"a sequence of {x.size(1)} tokens is longer than max_seq_len, {self.cos.size(0)}")
         cos, sin, x32 = self.cos[:x.size(1)], self.sin[:x.size(1)], x.transpose(1, 2).float()
         return torch.addcmul(x32 * cos, x32.roll(x32.size(-1) // 2, -1), sin).transpose(1, 2).type_as(x)
 class CausalSelfAttention(nn.Module):
@@ -291,11 +287,10 @@ class CausalSelfAttention(nn.Module):
         if ve is not None: v = v + self.lambdas[1] * ve.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
         return self.c_proj(attention(q, k, v, block_mask, self.scale).transpose(1, 2).flatten(2))
 class MLP(nn.Module):
-    """Four times as wide inside, with a squared ReLU: "Primer" (So et al., 2021)."""
+    """Four times as wide inside, with a squared ReLU, "Primer" (So et al., 2021), whose results FP8 needs at a quarter of the scale."""
     def __init__(self, dim: int, **fp8):
         super().__init__()
         self.c_fc = CastedLinear(dim, 4 * dim, **fp8)
-        # Squares are larger than what is normalised: a quarter of the scale keeps them below 448, e4m3's largest number.
         self.c_proj = CastedLinear(4 * dim, dim, **fp8 | (dict(x_s=fp8["x_s"] / 4) if fp8 else {})).zeroed()
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to the same shape and dtype."""
@@ -351,7 +346,6 @@ class GPT(nn.Module):
         i = (j := torch.arange(first.numel(), dtype=torch.int32, device=input_seq.device))[:, None]
         # An earlier block shares a document with i when it ends in the one where i begins; both are of one when it begins where i ends.
         shared, full = (j <= i) & (last == first[:, None]) | (j == i), (j < i) & (first == last[:, None])
-
         def causal_in_document(b, h, q, k):
             return (k <= q) & (document[q] == document[k])
         def nearest_first(listed: Tensor) -> tuple[Tensor, Tensor]:
@@ -483,7 +477,7 @@ class Hyperparameters:
     coordinate_descent_tuning: bool = setting(False, "tune inductor's kernels: minutes of compilation for a faster step", aside=True)
     val_loss_every: int = setting(125, "steps between validations; 0 for the last alone", least=0, aside=True)
     sample: int = setting(0, "tokens to write after training, at most", least=0, aside=True)
-    timeout: int = setting(300, "seconds to wait for a process that does not go on; longer than a step, or a validation", least=5, aside=True)
+    timeout: int = setting(300, "seconds to wait for a process; longer than a step, a validation, or writing a checkpoint", least=5, aside=True)
     save_every: int = setting(0, "steps between checkpoints, log_dir/RUN_ID/step_*.pt; 0 for none", least=0, aside=True)
     keep: int = setting(2, "how many checkpoints to keep, the newest", least=1, aside=True)
     resume: str = setting("", "checkpoint to go on from; auto: the newest whole one of RUN_ID, or the beginning", aside=True)
@@ -544,7 +538,7 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
 # ---------- Processes: those of one run start from the same, add up their gradients, and end together
 def run_facts(hp: Hyperparameters, machine: Machine, train_loader, val_loader) -> tuple[dict[str, str], dict[str, str]]:
     """What the training's course depends on, which a resumed run has in common with the one before, and what else all processes have."""
-    fields = [field for field in dataclasses.fields(hp) if not field.name.endswith(("_files", "_dir", "_id"))]  # files may lie elsewhere
+    fields = [f for f in dataclasses.fields(hp) if not f.name.endswith(("_files", "_dir", "_id", "resume"))]  # files may lie elsewhere
     course, more = ({f"--{field.name}": str(getattr(hp, field.name)) for field in fields if bool(field.metadata.get("aside")) is aside} | {
         f"tokens in {Path(file).name}": str(len(shard)) for file, shard in zip(loader.files, loader.shards)}
                     for aside, loader in ((False, train_loader), (True, val_loader)))
@@ -564,17 +558,15 @@ def agree(store, rank: int, world_size: int, facts: dict[str, str], failure: str
     except dist.DistError:
         raise UserError(f"process {len(said)} did not start within --timeout; see what its machine says.") from None
     for other, (host, failure, facts) in enumerate(said):
-        if failure:
-            raise UserError(failure if all(failure == each for _, each, _ in said) else f"process {other} on {host}: {failure}")
+        if failure: raise UserError(failure if all(failure == each for _, each, _ in said) else f"process {other} on {host}: {failure}")
         compare_facts(f"process {other} on {host}", facts, "process 0", said[0][2], "give them the same")
     return [host for host, *_ in said]
 class Watchdog(threading.Thread):
     """Ends this process, with a line, when another one has died or hangs, for which collectives would wait in vain. Twice a second
-    each tells the others, through the launcher's store, that it lives, its `place`, which grows with what the main thread does, and
-    the error that ends it. Who says nothing for `timeout` seconds is dead, stopped or cut off; where no place changes, those behind the
-    others hang. SIGINT and SIGTERM come to this thread, as the main one may wait in a collective: the first one stops the run after its
-    step; a second one (a second later, for torchrun repeats them), and one outside of the steps, end it at once. A process alone has
-    the signals without the thread."""
+    each tells the others, through the launcher's store, that it lives, its `place`, which grows with what the main thread does, and its
+    error. Who says nothing for `timeout` seconds is dead, stopped or cut off; where no place changes, those behind the others hang.
+    SIGINT and SIGTERM come to this thread, as the main one may wait in a collective: the first stops the run after its step; a second
+    (a second later, for torchrun repeats them), and one outside of the steps, end it at once. A process alone has no thread for them."""
     def __init__(self, hosts: list[str] | tuple = (), rank: int = 0, store=None, timeout: float = 0.0):
         super().__init__(daemon=True)
         self.hosts, self.rank, self.store, self.timeout = hosts, rank, store and store.clone(), timeout
@@ -588,14 +580,15 @@ class Watchdog(threading.Thread):
             self.say(0), self.start()
     def receive(self, number: int, frame=None) -> None:
         now = time.monotonic()
-        if not 0 <= self.place < math.inf or self.asked and now > self.asked_at + 1:
+        early = self.place < 0 and not (self.hosts and number == signal.SIGTERM)  # that may be torchrun's, for the loss of a process
+        if early or self.place == math.inf or self.asked and now > self.asked_at + 1:
             self.end(f"stopped by {signal.Signals(number).name}", 128 + number)
-        self.asked, self.asked_at, self.look_until = self.asked or number, self.asked_at or now, now + 4
+        self.asked, self.asked_at, self.look_until = self.asked or number, self.asked_at or now, now + 8
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         """The main thread ends: by the loss of another process, which is named, without return; or the others hear of its error."""
         if isinstance(error, RuntimeError):
-            self.look_until = time.monotonic() + 4
-            self.join(5)
+            self.look_until = time.monotonic() + 8
+            self.join(9)
         if isinstance(error, Stopped): self.place, error = math.inf, None  # the others stop as well
         self.closed, self.failure = True, f"has failed: {str(error) or kind.__name__}".splitlines()[0] if error else ""
         self.join(1), self.say(time.monotonic())  # its last word is this one, and no thread is left at the end
@@ -605,8 +598,7 @@ class Watchdog(threading.Thread):
         ranks, since, moved = range(len(self.hosts)), [0.0] * len(self.hosts), 0.0
         heard, unheard = [[None, -1, ""]] * len(ranks), ("the launcher of process 0 does not answer", 1)
         while not self.closed:
-            if select.select([self.signals], [], [], 0.5)[0]:
-                self.receive(os.read(self.signals, 1)[0])  # torchrun sends SIGTERM when it has lost a process: look for it
+            if select.select([self.signals], [], [], 0.5)[0]: self.receive(os.read(self.signals, 1)[0])
             before, now, overdue = heard, time.monotonic(), threading.Timer(self.timeout, self.end, unheard)
             overdue.start()  # of a machine that is cut off there comes no answer at all, not even an error
             try:
@@ -618,10 +610,11 @@ class Watchdog(threading.Thread):
             since = [since[rank] if heard[rank] == before[rank] else now for rank in ranks]
             _, places, failures = zip(*heard)
             moved = moved if places == tuple(place for _, place, _ in before) else now
-            silence = 2.5 if now < self.look_until else self.timeout  # while it looks for a loss, a shorter one is enough
+            silence = 6 if now < self.look_until else self.timeout  # while it looks for a loss, a shorter one is enough
             if lost := [rank for rank in ranks if failures[rank] or now - since[rank] > silence and places[rank] < math.inf]:
                 known = failures[lost[0]] and self.hosts[lost[0]] == self.hosts[self.rank]  # where it was said by the process itself
                 self.end(failures[lost[0]] or "gave no answer: killed, stopped or cut off", 1, lost, places, shown=not known)
+            if self.asked and self.place < 0 and now > self.look_until: self.receive(self.asked)  # nobody was lost
             if 0 <= self.place < math.inf and now - moved > self.timeout:
                 self.end(f"made no progress for {self.timeout} s", 1, [rank for rank in ranks if places[rank] == min(places)], places)
     def end(self, reason: str, code: int, culprits: list[int] | tuple = (), places: tuple = (), shown: bool = True) -> None:
@@ -662,7 +655,7 @@ class GradientReducer:
         self.in_flight.clear()
 
 # ---------- Checkpoints: all that a run goes on from; what is not whole, or belongs to another run, is refused
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT, written = 1, lambda path: path.stat().st_mtime_ns
 def manifest(path: Path) -> bytes:
     """What stands beside a checkpoint from the moment that it is whole, in a .json of its name."""
     with open(path, "rb") as file:
@@ -670,6 +663,7 @@ def manifest(path: Path) -> bytes:
     return json.dumps(dict(format=CHECKPOINT_FORMAT, bytes=path.stat().st_size, sha256=digest)).encode()
 def write_checkpoint(path: Path, state: dict, keep: int) -> str:
     """Write it under another name, which is changed when all is on the disk, then its manifest; the newest `keep` stay."""
+    if not all(t.isfinite().all() for t in state["modules"][0].values()): raise OSError("its weights are not finite")
     unfinished, listed = path.with_name("unfinished"), path.with_suffix(".json")
     path.parent.mkdir(exist_ok=True)
     listed.unlink(missing_ok=True)
@@ -680,8 +674,9 @@ def write_checkpoint(path: Path, state: dict, keep: int) -> str:
             os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)  # a full disk has better use for it
-    *_, oldest = sorted((other.stem for other in path.parent.glob("step_*.json") if other.stem <= path.stem), reverse=True)[:keep]
-    for other in (other for other in path.parent.glob("step_*") if other.stem < oldest): other.unlink()
+    newest = sorted(path.parent.glob("step_????????.json"), key=written)[-keep:]
+    for other in {*path.parent.glob("step_????????.*")} - {file.with_suffix(suffix) for file in newest for suffix in (".pt", ".json")}:
+        contextlib.suppress(OSError)(other.unlink)()
     return str(path)
 def defect(path: Path) -> str:
     """Why a checkpoint cannot be read, for people; empty where it is whole."""
@@ -695,16 +690,17 @@ def load_checkpoint(hp: Hyperparameters, course: dict[str, str]) -> dict:
     """What to go on from, in host memory; nothing in the file is run. Raises UserError where it is damaged or of another course."""
     paths = [Path(hp.resume)] if hp.resume else []
     if hp.resume == "auto":  # what has no manifest is of a run that was cut while it wrote
-        paths = sorted((path.with_suffix(".pt") for path in Path(hp.log_dir, hp.run_id).glob("step_*.json")), reverse=True)
+        listed = sorted(Path(hp.log_dir, hp.run_id).glob("step_????????.json"), key=written, reverse=True)
+        paths = [path.with_suffix(".pt") for path in listed] or [Path(hp.log_dir, hp.run_id, "step_*.pt")][:hp.eval_only]
     if not paths: return dict(path="", step=0, run_id="", ms=0.0, best=math.inf, manifest="none")
     if not (path := next((path for path in paths if not defect(path)), None)): raise UserError(defect(paths[0]))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(state["course"])
     except Exception as error:  # a whole file, and anything may be in it
-        raise UserError(f"{path} is no checkpoint of this script ({str(error).splitlines()[0]}); resume from another one.") from None
+        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}); resume from another one.") from None
     compare_facts("this run", course, path, theirs, "give it the same, or another --resume")
-    return state | dict(path=str(path), manifest=manifest(path).decode())
+    return state | dict(path=str(path), manifest=path.with_suffix(".json").read_text())
 
 # ---------- Log: this script, versions, hardware and settings; then a line for each step and validation
 class RunLog:
@@ -715,13 +711,14 @@ class RunLog:
         self.pending, self.stops = None, 0  # a step whose loss may still be on its way; how many processes were asked to stop
         self.ms, self.since, self.best, self.saved = start["ms"], None, start["best"], start["path"]
         self.writing = argparse.Namespace(join=lambda: None)  # the thread that writes the newest checkpoint, beside the training
-        self.run_id = hp.run_id or start["run_id"] or time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
-        path, silent = Path(hp.log_dir, f"{self.run_id}.txt"), machine.rank > 0 or hp.eval_only
+        self.folder = Path(hp.log_dir, hp.run_id or start["run_id"] or time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex())
+        path, silent = Path(f"{self.folder}.txt"), machine.rank > 0 or hp.eval_only
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            own = not silent and path.exists() and (hp.resume == "auto" or start["run_id"] == self.run_id)
+            own = not silent and path.exists() and (hp.resume == "auto" or Path(start["path"]).resolve().parent == self.folder.resolve())
             kept = own and start["path"] and re.match(rb"(?s).*\nstep:%d/[^\n]*\n" % start["step"], path.read_bytes())
-            if own: os.truncate(path, kept.end()) if kept else path.rename(path.with_suffix(time.strftime(".cut_%Y-%m-%d_%H%M%S")))
+            if kept and hp.resume == "auto": os.truncate(path, kept.end())  # the rest comes again; otherwise the old log stays beside it
+            elif own: self.unwritten, _ = kept[0] if kept else b"", path.rename(path.with_suffix(time.strftime(".cut_%Y-%m-%d_%H%M%S")))
             self.file = open(os.devnull if silent else path, "ab" if silent or own else "xb", buffering=0)
         except OSError as error:
             raise UserError(f"the log {path} cannot be made ({error.strerror}); choose another --run_id or --log_dir.") from None
@@ -729,7 +726,7 @@ class RunLog:
         gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout if machine.is_gpu else ""
         about = dict(python=platform.python_version(), cuda=torch.version.cuda, hardware=machine.name, world_size=machine.world_size) | facts
         self.line("\n".join([Path(__file__).read_text(), "=" * 100, gpus, *map("{0[0]}: {0[1]}".format, about.items()), "=" * 100]), shown=False)
-        self.line(f"log: {self.file.name}" + f", resumed from {self.saved}" * bool(self.saved))
+        self.line(", ".join([f"log: {path}"] * (not hp.eval_only) + [f"resumed from {self.saved}"] * bool(self.saved)))
     @contextlib.contextmanager
     def paused(self):
         """The clock, which counts milliseconds of training, stands still for what is done within."""
@@ -744,10 +741,10 @@ class RunLog:
     def attempt(self, what: str, action) -> None:
         """Do what a full disk shall not end the training by; say its failure, once."""
         try:
-            action()
-        except (OSError, RuntimeError) as error:  # torch makes the latter out of the former
-            with contextlib.suppress(OSError):
-                what in self.failed or tqdm.write(f"train_gpt.py: {what} cannot be written ({error}); training goes on.", file=sys.stderr)
+            action(), self.failed.discard(what)
+        except (OSError, RuntimeError) as error:  # torch makes the latter out of the former, its context
+            said = f"train_gpt.py: {what} cannot be written ({error.__context__ or error}); training goes on."
+            with contextlib.suppress(OSError): what in self.failed or tqdm.write(said, file=sys.stderr)
             self.failed.add(what)
     def drain(self) -> None:
         while self.unwritten: self.unwritten = self.unwritten[self.file.write(self.unwritten):]
@@ -774,17 +771,19 @@ class RunLog:
             self.progress(step, more=f" train_loss:{loss:.4f}", shown=self.bar.disable)
             self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
             self.bar.update()
-            if not math.isfinite(loss):
-                tokens = self.loader.whereabouts((step - 1) * self.hp.seqs_per_step, self.hp.seqs_per_step)
-                raise Stopped(2, f"the loss of step {step} is {loss}, on {tokens}; the last checkpoint: {self.saved or 'none'}.")
+            self.check(step, loss)
+    def check(self, step: int, loss: float) -> None:
+        """Stop at a loss that is not finite; all processes have the same."""
+        if not math.isfinite(loss):
+            tokens, _ = self.loader.whereabouts((step - 1) * self.hp.seqs_per_step, self.hp.seqs_per_step), self.writing.join()
+            raise Stopped(2, f"the loss of step {step} is {loss}, on {tokens}; the last checkpoint: {self.saved or 'none'}.")
     def save(self, step: int, state: dict) -> None:
         """Copy a checkpoint to host memory; it is written beside the training, when the one before is."""
         self.writing.join()
         if self.machine.rank == 0:
-            path = Path(self.hp.log_dir, self.run_id, f"step_{step:08d}.pt")
             state = torch.utils._pytree.tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
-            state |= dict(step=step, run_id=self.run_id, ms=self.ms, best=self.best)
-            write = lambda: setattr(self, "saved", write_checkpoint(path, state, self.hp.keep))
+            state |= dict(step=step, run_id=str(self.folder.relative_to(self.hp.log_dir)), ms=self.ms, best=self.best)
+            write = lambda: setattr(self, "saved", write_checkpoint(self.folder / f"step_{step:08d}.pt", state, self.hp.keep))
             self.writing = threading.Thread(target=self.attempt, args=("a checkpoint", write))
             self.writing.start()
     def close(self) -> None:
@@ -923,7 +922,7 @@ def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader, val_
     network = build_model(hp, train_loader.vocab_size, machine)
     optimizers = build_optimizers(network, hp, machine)
     model, reducer = compiled(network, hp, machine), GradientReducer(network, optimizers, machine, watchdog)
-    about = facts[0] | facts[1] | dataclasses.asdict(hp) | dict(
+    about = {name: fact for name, fact in (facts[0] | facts[1]).items() if name[0] != "-"} | dataclasses.asdict(hp) | dict(
         preset=preset, parameters=sum(p.numel() for p in network.parameters()), head="FP8" if network.lm_head.use_fp8 else "as the activations",
         attention="FlexAttention" if machine.is_gpu else "block-sparse, for want of FlexAttention's backward pass on a CPU")
     with contextlib.closing(RunLog(hp, machine, about, train_loader, start)) as log:
@@ -935,30 +934,34 @@ def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader, val_
                 raise out_of_memory(network, hp, machine, torch.cuda.mem_get_info()[1]) from None
             if start["path"]:
                 loads = [module.load_state_dict for module in (network, *optimizers)] + [module.set_rng_state for module in random]
-                for load, state in zip(loads, start.pop("modules") + start["random"]): load(state)
+                try:
+                    for load, state in zip(loads, start.pop("modules") + start["random"]): load(state)
+                except (RuntimeError, ValueError, KeyError) as error:
+                    raise UserError(f"{log.saved} is of another network ({type(error).__name__}); resume it with its own script.") from None
                 train_loader.position = start["position"]
         first, end = start["step"], start["step"] if hp.eval_only else hp.num_iterations
         for step in range(first, end + 1):
-            watchdog.place = 3 * step  # one more wherever this process waits: in the validation, in the step
+            watchdog.place = -1 if hp.eval_only else 3 * step  # one more wherever this process waits: in the validation, in the step
             window = set_schedule(optimizers, step, hp, machine)
             if hp.eval_only or (step == end or hp.val_loss_every and step % hp.val_loss_every == 0) and (step > first or not start["path"]):
                 with log.paused(): loss = validate(model, val_loader, window, reducer)
                 log.best = min(log.best, loss)
                 log.progress(step, f"val_loss:{loss:.4f} ")
+                log.check(step, loss)
             if hp.save_every and step > first and (step == end or log.stops or step % hp.save_every == 0):
                 with log.paused():
-                    states = [network.state_dict(), optimizers[0].state_dict(), optimizers[1].whole_state_dict()]
-                    log.save(step, dict(course=facts[0], made=facts[1], position=train_loader.position, modules=states,
+                    log.save(step, dict(course=facts[0], made=facts[1], position=train_loader.position,
+                                        modules=[network.state_dict(), optimizers[0].state_dict(), optimizers[1].whole_state_dict()],
                                         random=[module.get_rng_state() for module in random]))
             if step == end or log.stops: break
             batches = [train_loader.next_batch() for _ in range(hp.seqs_per_step // machine.world_size)]
             log.step(step + 1, training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer))
-        log.writing.join()
+        log.flush(), log.writing.join()
         if machine.world_size > 1: dist.barrier()
         watchdog.place = math.inf  # from here on no process waits for another
         if step < end:
             number = watchdog.asked or signal.SIGTERM
-            how = f"to go on, give the same command with --resume {log.saved}" if log.saved else "nothing is saved, for want of --save_every."
+            how = f"to go on, repeat the command with --resume {log.saved}" if log.saved else f"nothing is saved (--save_every {hp.save_every})"
             raise Stopped(128 + number, f"stopped by {signal.Signals(number).name} after step {step} of {end}; {how}")
         if not hp.eval_only: report(log, train_loader, network, hp, machine)
         if hp.sample and machine.rank == 0:
@@ -970,8 +973,8 @@ def main(argv: list[str] | None = None) -> int:
     watchdog, run, failure = None if world_size > 1 else Watchdog(), (), ""
     try:
         with contextlib.ExitStack() as at_exit:
-            for number in (signal.SIGINT, signal.SIGTERM) if watchdog else ():
-                at_exit.callback(signal.signal, number, signal.signal(number, watchdog.receive))
+            for number in (signal.SIGINT, signal.SIGTERM):  # a handler of Python's would wait as long as the store does
+                at_exit.callback(signal.signal, number, signal.signal(number, watchdog.receive if watchdog else signal.SIG_DFL))
             try:
                 run = prepare(argv)
             except (UserError, OSError, torch.OutOfMemoryError) as error:
@@ -979,7 +982,6 @@ def main(argv: list[str] | None = None) -> int:
             if failure and watchdog: raise failure
             if not watchdog:
                 timeout, facts = (run[0].timeout, run[5][0] | run[5][1]) if run else (Hyperparameters.timeout, {})
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # whose handler of Python's would wait as long as the store does
                 store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
                 watchdog = Watchdog(agree(store, rank, world_size, facts, str(failure)), rank, store, timeout)
                 at_exit.callback(lambda: dist.is_initialized() and not watchdog.failure and dist.destroy_process_group())
@@ -994,5 +996,4 @@ def main(argv: list[str] | None = None) -> int:
         code, sentence, said = 2, str(error), watchdog or local_rank == 0  # before it is there, all of a machine meet the same
     if said: print(f"train_gpt.py: {sentence}", file=sys.stderr)
     return code
-
 if __name__ == "__main__": sys.exit(main())

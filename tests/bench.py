@@ -1,5 +1,6 @@
 """Where the time of a step goes: `python tests/bench.py --gpu` (the speedrun's shapes) or `--cpu` (the tiny preset's);
-`--data`: how fast shards are read, and made; `--dist`: what 1, 2 and 4 processes spend on communication.
+`--data`: how fast shards are read, and made; `--dist`: what 1, 2 and 4 processes spend on communication; `--checkpoint`: how long
+training stands still for one, and how fast it is written.
 
 Measures the machine first (matmul rates, copy bandwidth), then one process's micro-step (forward, backward, optimizer),
 then each part alone, beside its floor: the larger of its operations over the measured matmul rate and its bytes over the
@@ -7,6 +8,7 @@ measured bandwidth. Each figure is the median of several repetitions, with the f
 """
 
 import argparse
+import contextlib
 import functools
 import glob
 import itertools
@@ -444,6 +446,77 @@ def on_paper(world_size: int = 8, link: float = 450e9, flops: float = 790e12, me
     print("Muon's gathers travel while the next group is orthogonalised, and all but the last are hidden; the column counts them in full.")
 
 
+def checkpoints(machine: t.Machine, hp: t.Hyperparameters, vocab_size: int, seconds: float, steps: bool) -> None:
+    """What a checkpoint costs: the stall of the training, which is the copy to host memory, and then the writing, beside steps and
+    alone, against torch.save of the same tensors; all in turn. steps: whether this machine can take the model's steps at all."""
+    network = t.build_model(hp, vocab_size, machine)
+    optimizers = t.build_optimizers(network, hp, machine)
+    reducer = t.GradientReducer(network, optimizers, machine)
+    model, window = t.compiled(network, hp, machine), t.set_schedule(optimizers, hp.num_iterations // 2, hp, machine)
+    ids = torch.randint(vocab_size, (hp.train_seq_len,), device=machine.device)
+    batches = [(ids.int(), ids)] * hp.seqs_per_step
+
+    def step() -> None:
+        t.training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer)
+        machine.synchronize()
+
+    def timed(function) -> float:
+        begin = time.perf_counter()
+        function()
+        return 1000 * (time.perf_counter() - begin)
+
+    if steps:
+        step(), step()
+    else:  # all that the optimizers remember after a step, by way of a step without a network
+        for p in network.parameters():
+            p.grad = torch.zeros_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+    print(f"\n{sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters; milliseconds: median (fastest to slowest)")
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    with tempfile.TemporaryDirectory() as folder:
+        hp = replace(hp, log_dir=folder, run_id="bench")
+        beginning = t.load_checkpoint(hp, {})
+        tensors = np.zeros(32, dtype="<u2")
+        Path(folder, "shard.bin").write_bytes(shard_header(len(tensors), vocab_size) + tensors.tobytes())
+        with contextlib.closing(t.RunLog(hp, machine, {}, t.DistributedDataLoader(f"{folder}/shard.bin", 16), beginning)) as log:
+            begin, number = time.perf_counter(), 0
+            while number < 5 or number < 20 and time.perf_counter() - begin < seconds:
+                number += 1
+                modules = [network.state_dict(), optimizers[0].state_dict(), optimizers[1].whole_state_dict()]
+                if steps:
+                    for _ in range(3):
+                        note("a step", timed(step))
+                machine.synchronize()
+                note("stall of a save", timed(lambda: log.save(number, dict(modules=modules))))
+                while steps and log.writing.is_alive():
+                    note("a step beside the writing", timed(step))
+                log.writing.join()
+                note("stall of a save", timed(lambda: log.save(number, dict(modules=modules))))
+                note("written alone, checksum and flush to disk included", timed(log.writing.join))
+                on_host = torch.load(log.saved, weights_only=True)["modules"]
+                note("torch.save", timed(lambda: torch.save(on_host, f"{folder}/plain.pt")))
+                note("torch.save, and flush to disk", timed(lambda: save_and_flush(on_host, f"{folder}/flushed.pt")))
+            size = os.path.getsize(log.saved)
+    print(f"size: {size / 1e6:.2f} MB")
+    for name, runs in found.items():
+        middle = statistics.median(runs)
+        rate = f"   {size / 1e3 / middle:.0f} MB/s" if "save" in name and "stall" not in name or "written" in name else ""
+        share = f"   {middle / statistics.median(found['a step']):.2f} of a step" if steps and name != "a step" and not rate else ""
+        print(f"{name:<52}{middle:9.2f} ({min(runs):.2f} to {max(runs):.2f}), {len(runs)} times{rate}{share}")
+
+
+def save_and_flush(state, path: str) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
@@ -451,13 +524,14 @@ def main() -> int:
     where.add_argument("--cpu", action="store_true", help="the tiny preset's shapes")
     where.add_argument("--data", action="store_true", help="the loader and data/local_text.py")
     where.add_argument("--dist", action="store_true", help="1, 2 and 4 processes on the CPU, and 8 GPUs on paper")
+    where.add_argument("--checkpoint", action="store_true", help="checkpoints of the tiny preset, and of the speedrun's model")
     parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1); with --dist for "
                         "each number of processes")
     parser.add_argument("--shakespeare", default=str(ROOT.parent / "shared/data/shakespeare"), help="folder of tiny Shakespeare's "
                         "shards, as bytes, for the time to nanoGPT's loss (with --cpu; skipped where there are none)")
     args, settings = parser.parse_known_args()  # the rest are train_gpt.py's flags, to change the shapes
     try:
-        if not args.gpu:
+        if not args.gpu and not args.checkpoint:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         machine = t.Machine.detect()
         if args.gpu and not machine.is_gpu:
@@ -471,6 +545,11 @@ def main() -> int:
         data(machine, args.seconds)
         return 0
     vocab_size = t.GPT2_VOCAB if args.gpu else 257
+    if args.checkpoint:
+        print(f"{machine.name}, torch {torch.__version__}")
+        checkpoints(machine, hp, 257, 10 * args.seconds, steps=True)
+        checkpoints(machine, t.Hyperparameters(), t.GPT2_VOCAB, 10 * args.seconds, steps=machine.is_gpu)
+        return 0
     if args.dist:
         print(f"{machine.name}, torch {torch.__version__}")
         on_paper()
