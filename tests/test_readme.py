@@ -47,7 +47,7 @@ def test_flags_that_are_named_exist(flag):
     """Each is a setting, or a flag of the other tools that are named."""
     others = {"preset", "shakespeare", "gpu", "cpu", "vs", "target", "plot", "help", "tokenizer", "dataset", "verify", "data", "dist",
               "jsonl", "out", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf",
-              "local_addr", "nodes", "ntasks", "gpus", "cpus", "time"}
+              "local_addr", "nodes", "ntasks", "gpus", "cpus", "time", "checkpoint", "shutdown_timeout"}
     assert flag in {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)} | others
 
 
