@@ -8,7 +8,7 @@ one, or on a CPU, and imports without running. What has been seen, on which hard
 """
 
 import argparse, bisect, concurrent.futures, contextlib, copy, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib, json, math, os
-import platform, re, select, signal, subprocess, sys, threading, time
+import platform, re, select, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
@@ -430,7 +430,7 @@ class DistributedDataLoader:
     def whereabouts(self, first: int, count: int) -> str:
         """For people: `count` sequences from `first` on, and the shards that their tokens come from."""
         start, end = first * self.seq_len, (first + count) * self.seq_len - 1
-        files = dict.fromkeys(self.files[self.shard_at(token)] for token in [*range(start, end, BLOCK), end])
+        files = dict.fromkeys(self.files[self.shard_at(token)] for token in range(start, end + 1))
         return f"sequences {first} to {first + count - 1} (tokens {start} to {end}) out of {' and '.join(files)}"
     def sequence(self, index: int) -> tuple[Tensor, Tensor]:
         """Sequence `index` on the device: inputs (seq_len,) int32 and targets (seq_len,) int64."""
@@ -672,16 +672,17 @@ def write_checkpoint(path: Path, state: dict, keep: int) -> str:
             with open(unfinished, "wb") as file:
                 write(file), file.flush(), os.fsync(file.fileno())
             os.replace(unfinished, target)
+        os.utime(listed, ns=(max(map(written, path.parent.glob("step_????????.json"))) + 1,) * 2)  # the newest, whatever the clock said
     finally:
         unfinished.unlink(missing_ok=True)  # a full disk has better use for it
     newest = sorted(path.parent.glob("step_????????.json"), key=written)[-keep:]
     for other in {*path.parent.glob("step_????????.*")} - {file.with_suffix(suffix) for file in newest for suffix in (".pt", ".json")}:
-        contextlib.suppress(OSError)(other.unlink)()
+        with contextlib.suppress(OSError): other.unlink()
     return str(path)
 def defect(path: Path) -> str:
     """Why a checkpoint cannot be read, for people; empty where it is whole."""
-    listed = path.with_suffix(".json")
-    said = listed.read_bytes() if listed.exists() and path.exists() else b""
+    listed = path.with_suffix(".json") if path.name else path
+    said = listed.read_bytes() if listed.is_file() and path.is_file() else b""
     found = re.match(rb'{"format": (\d{1,9}),', said)
     if found and int(found[1]) > CHECKPOINT_FORMAT:
         return f"{path} is in format {int(found[1])}, and this script reads {CHECKPOINT_FORMAT}; resume with the script that wrote it."
@@ -695,11 +696,12 @@ def load_checkpoint(hp: Hyperparameters, course: dict[str, str]) -> dict:
     if not paths: return dict(path="", step=0, run_id="", ms=0.0, best=math.inf, manifest="none")
     if not (path := next((path for path in paths if not defect(path)), None)): raise UserError(defect(paths[0]))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = dict(state["course"])
+        with warnings.catch_warnings(action="ignore"): state = torch.load(path, map_location="cpu", weights_only=True)
+        kinds = dict(step=int, course=dict, made=dict, run_id=str, ms=float, best=float, modules=list, position=int, random=list)
+        if {n: type(v) for n, v in state.items()} != kinds or not 0 < state["step"] <= int(state["course"]["--num_iterations"]): raise TypeError
     except Exception as error:  # a whole file, and anything may be in it
         raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}); resume from another one.") from None
-    compare_facts("this run", course, path, theirs, "give it the same, or another --resume")
+    compare_facts("this run", course, path, state["course"], "give it the same, or another --resume")
     return state | dict(path=str(path), manifest=path.with_suffix(".json").read_text())
 
 # ---------- Log: this script, versions, hardware and settings; then a line for each step and validation
@@ -714,11 +716,11 @@ class RunLog:
         self.folder = Path(hp.log_dir, hp.run_id or start["run_id"] or time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex())
         path, silent = Path(f"{self.folder}.txt"), machine.rank > 0 or hp.eval_only
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            hp.eval_only or path.parent.mkdir(parents=True, exist_ok=True)
             own = not silent and path.exists() and (hp.resume == "auto" or Path(start["path"]).resolve().parent == self.folder.resolve())
             kept = own and start["path"] and re.match(rb"(?s).*\nstep:%d/[^\n]*\n" % start["step"], path.read_bytes())
             if kept and hp.resume == "auto": os.truncate(path, kept.end())  # the rest comes again; otherwise the old log stays beside it
-            elif own: self.unwritten, _ = kept[0] if kept else b"", path.rename(path.with_suffix(time.strftime(".cut_%Y-%m-%d_%H%M%S")))
+            elif own: self.unwritten, _ = kept[0] if kept else b"", path.rename(path.with_suffix(f".cut_{time.time_ns()}"))
             self.file = open(os.devnull if silent else path, "ab" if silent or own else "xb", buffering=0)
         except OSError as error:
             raise UserError(f"the log {path} cannot be made ({error.strerror}); choose another --run_id or --log_dir.") from None
@@ -775,7 +777,7 @@ class RunLog:
     def check(self, step: int, loss: float) -> None:
         """Stop at a loss that is not finite; all processes have the same."""
         if not math.isfinite(loss):
-            tokens, _ = self.loader.whereabouts((step - 1) * self.hp.seqs_per_step, self.hp.seqs_per_step), self.writing.join()
+            tokens, _ = self.loader.whereabouts((max(step, 1) - 1) * self.hp.seqs_per_step, self.hp.seqs_per_step), self.writing.join()
             raise Stopped(2, f"the loss of step {step} is {loss}, on {tokens}; the last checkpoint: {self.saved or 'none'}.")
     def save(self, step: int, state: dict) -> None:
         """Copy a checkpoint to host memory; it is written beside the training, when the one before is."""
@@ -841,8 +843,7 @@ def validate(model, loader: DistributedDataLoader, window: Tensor, reducer: Grad
     return total.item() / loader.num_tokens
 def memory_needed(model: GPT, hp: Hyperparameters, train_seq_len: int) -> float:
     """Of a GPU, in bytes: 5 a logit and 34 a channel and layer meet the public record's 30,724 MiB at 48K tokens; others extrapolate."""
-    muon = sum(p.nbytes for p in model.blocks.parameters())
-    adam = sum(p.nbytes for p in model.parameters()) - muon
+    adam = sum(p.nbytes for p in model.parameters()) - (muon := sum(p.nbytes for p in model.blocks.parameters()))
     return 5 * adam + 4 * muon + (5 * model.lm_head.weight.size(0) + 34 * hp.model_dim * hp.num_layers) * train_seq_len
 def out_of_memory(model: GPT, hp: Hyperparameters, machine: Machine, total: int) -> UserError:
     """The sentence for a GPU of `total` bytes that is too small, with flags that would fit: the same tokens in smaller parts."""
@@ -914,8 +915,7 @@ def prepare(argv: list[str] | None) -> tuple:
                         "train and validate on shards of the same tokenizer.")
     for loader in (train_loader, val_loader) if machine.local_rank == 0 else (): loader.check_tokens()  # once a machine is enough
     facts = run_facts(hp, machine, train_loader, val_loader)
-    start = load_checkpoint(hp, facts[0])
-    facts[1]["checkpoint"] = start["manifest"]
+    facts[1]["checkpoint"] = (start := load_checkpoint(hp, facts[0]))["manifest"]
     return hp, preset, machine, train_loader, val_loader, facts, start
 def train(hp: Hyperparameters, preset: str, machine: Machine, train_loader, val_loader, facts, start: dict, watchdog: Watchdog) -> None:
     """The whole run. Raises Stopped, on all processes after the same step, where one was asked to stop."""
