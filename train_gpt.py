@@ -890,7 +890,7 @@ def report(log: RunLog, loader: DistributedDataLoader, model: GPT, hp: Hyperpara
         share = rate * 6 * (weights + heads * hp.head_dim * hp.max_window) / (machine.world_size * machine.peak_flops)
         mfu = f" mfu: {share:.1%} of {machine.peak_flops / 1e12:.0f} TFLOP/s a GPU"
     log.line(f"tokens per second: {rate:.0f}{mfu}")
-    log.line(f"best val_loss: {log.best:.4f}, passes over the training tokens: {loader.position * loader.seq_len / loader.total:.2f}")
+    log.line(f"passes over the training tokens: {loader.position * loader.seq_len / loader.total:.2f}, lowest validation loss {log.best:.4f}")
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*machine.peak_memory()))
 def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
     """As it runs fastest: on several GPUs in parts, since gradients leave while the next part's backward pass computes."""

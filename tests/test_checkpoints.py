@@ -152,7 +152,7 @@ def steps(folder, name="run"):
 
 def closing(folder, name="run"):
     """What the last lines say of the whole run, times and memory aside."""
-    return re.findall(r"(?:best val_loss|passes over the training tokens): [\d.]+", (folder / f"{name}.txt").read_text())
+    return re.findall(r"passes over the training tokens: [\d.]+, lowest validation loss [\d.]+", (folder / f"{name}.txt").read_text())
 
 
 def assert_same_run(folder, other, step=None):

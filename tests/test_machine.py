@@ -79,7 +79,7 @@ def test_closing_lines_on_a_gpu(speedrun, monkeypatch):
     share = 491520 * (6 * weights + 12 * 11 * 768 * 1792 / 2) / 989e12
     found = re.fullmatch(r"tokens per second: 491520 mfu: ([\d.]+)% of 989 TFLOP/s a GPU", lines[0])
     assert float(found[1]) == pytest.approx(100 * share, abs=0.06)
-    assert lines[1:] == ["best val_loss: 3.2788, passes over the training tokens: 0.04", "peak memory allocated: 30724 MiB reserved: 45952 MiB"]
+    assert lines[1:] == ["passes over the training tokens: 0.04, lowest validation loss 3.2788", "peak memory allocated: 30724 MiB reserved: 45952 MiB"]
 
 
 def test_memory_model_is_near_the_public_record(speedrun):
