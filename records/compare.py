@@ -85,7 +85,9 @@ class Run:
     def finished(self):
         """Whether the last validation is that of the last step. The oldest logs do not say how many steps were
         planned: there a run is unfinished when it trained on past its last validation."""
-        return bool(self.validations) and self.validations[-1].step >= (self.total_steps or self.steps)
+        return bool(self.validations) and self.validations[-1].step >= (
+            self.total_steps or self.steps
+        )
 
 
 def printable(path):
@@ -149,8 +151,16 @@ def read_log(path):
             hardware = 0 if machine[1] else int(machine[2])
     # nvidia-smi shows the machine, world_size what the run used of it; processes on a CPU are no GPUs.
     gpus = 0 if hardware == 0 else world_size or hardware or len(gpu_rows) or None
-    return Run(printable(path), printable(path.parent), int(last[1]), last[2] and int(last[2]),
-               validations, step_avg, memory, gpus)
+    return Run(
+        printable(path),
+        printable(path.parent),
+        int(last[1]),
+        last[2] and int(last[2]),
+        validations,
+        step_avg,
+        memory,
+        gpus,
+    )
 
 
 def read_all(paths):
@@ -160,7 +170,11 @@ def read_all(paths):
     for path in paths:
         logs = [path]
         if path.is_dir():
-            logs = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".log") and file.is_file())
+            logs = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix in (".txt", ".log") and file.is_file()
+            )
             if not logs:
                 print(f"{printable(path)}: no .txt or .log file in this folder", file=sys.stderr)
         files = {log.resolve(): log for log in logs}
@@ -184,7 +198,9 @@ def first_reach(validations, loss):
     before = None
     for now in validations:
         if now.loss <= loss:
-            if before is None or not before.loss > loss:  # already there at the first look, or after a nan
+            if (
+                before is None or not before.loss > loss
+            ):  # already there at the first look, or after a nan
                 return now.step, now.seconds
             part = (before.loss - loss) / (before.loss - now.loss)
             seconds = None
@@ -221,7 +237,9 @@ def runs_needed(mean, std, n, target):
     high = n
     while p_value(mean, std, high, target) >= SIGNIFICANCE:
         n, high = high, 2 * high
-    while n < high:  # p falls with the number of runs, so the smallest one can be searched by halves
+    while (
+        n < high
+    ):  # p falls with the number of runs, so the smallest one can be searched by halves
         middle = (n + high) // 2
         if p_value(mean, std, middle, target) < SIGNIFICANCE:
             high = middle
@@ -253,7 +271,9 @@ def summarize(name, runs, target):
             verdict = "not proven: no number of runs would, the mean is not below the target"
         else:
             more = runs_needed(loss["mean"], loss["std"], loss["n"], target) - loss["n"]
-            verdict = f"not proven: {more} more run{'s' * (more > 1)} at this spread would be needed"
+            verdict = (
+                f"not proven: {more} more run{'s' * (more > 1)} at this spread would be needed"
+            )
     return {
         "name": name,
         "unfinished": len(runs) - len(finished),
@@ -290,7 +310,11 @@ def difference(a, b):
         return result | {"verdict": "no interval: neither set has any spread"}
     degrees = (part_a + part_b) ** 2 / (part_a**2 / (len(a) - 1) + part_b**2 / (len(b) - 1))
     half = float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * math.sqrt(part_a + part_b)
-    verdict = "within noise" if abs(center) <= half else f"more than noise: A is {'lower' if center < 0 else 'higher'}"
+    verdict = (
+        "within noise"
+        if abs(center) <= half
+        else f"more than noise: A is {'lower' if center < 0 else 'higher'}"
+    )
     return result | {"interval": [center - half, center + half], "verdict": verdict}
 
 
@@ -314,12 +338,20 @@ def versus(name_a, runs_a, name_b, runs_b, at):
 # Output: tables, JSON, plot
 
 # What --sort takes, and the field of a run it stands for.
-SORT_KEYS = {"name": "name", "steps": "steps", "loss": "loss", "time": "seconds", "avg": "step_avg_ms",
-             "memory": "memory_mib", "gpus": "gpus"}
+SORT_KEYS = {
+    "name": "name",
+    "steps": "steps",
+    "loss": "loss",
+    "time": "seconds",
+    "avg": "step_avg_ms",
+    "memory": "memory_mib",
+    "gpus": "gpus",
+}
 
 
 def sort_runs(runs, key):
     """By one column, smallest first; runs without a value there (or with nan) come last."""
+
     def order(run):
         value = getattr(run, SORT_KEYS[key])
         return (True, run.name) if value is None or value != value else (False, value)
@@ -335,7 +367,11 @@ def print_table(rows):
     """Rows of text under their first one, in columns: the first and the last to the left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *middle, last in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(middle, widths[1:])), last]
+        cells = [
+            first.ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(middle, widths[1:])),
+            last,
+        ]
         print("  ".join(cells).rstrip())
 
 
@@ -343,7 +379,13 @@ def print_runs(runs, at):
     rows = [["run", "steps", "val loss", "time (s)", "step avg (ms)", "peak (MiB)", "GPUs"]]
     rows[0] += [f"steps to {at:g}", f"seconds to {at:g}", ""] if at else [""]
     for run in runs:
-        row = [run.name, str(run.steps), number(run.loss, 5), number(run.seconds, 3), number(run.step_avg_ms, 2)]
+        row = [
+            run.name,
+            str(run.steps),
+            number(run.loss, 5),
+            number(run.seconds, 3),
+            number(run.step_avg_ms, 2),
+        ]
         row += [number(run.memory_mib, 0), number(run.gpus, 0)]
         if at:
             steps, seconds = first_reach(run.validations, at)
@@ -372,35 +414,61 @@ def print_summaries(summaries, target):
 def print_versus(result):
     rows = [["A - B", "A mean", "runs", "B mean", "runs", "difference", "95% interval", ""]]
     at = f"{result['at']:g}"
-    for title, key, digits in (("loss", "loss", 5), ("time (s)", "time_s", 3),
-                               (f"steps to {at}", "steps_to", 1), (f"seconds to {at}", "seconds_to", 3)):
+    for title, key, digits in (
+        ("loss", "loss", 5),
+        ("time (s)", "time_s", 3),
+        (f"steps to {at}", "steps_to", 1),
+        (f"seconds to {at}", "seconds_to", 3),
+    ):
         row = result[key]
-        means = [text for side in "ab" for text in (number(row[side]["mean"], digits), str(row[side]["n"]))]
-        interval = "-" if row["interval"] is None else " to ".join(f"{end:+.{digits}f}" for end in row["interval"])
+        means = [
+            text
+            for side in "ab"
+            for text in (number(row[side]["mean"], digits), str(row[side]["n"]))
+        ]
+        interval = (
+            "-"
+            if row["interval"] is None
+            else " to ".join(f"{end:+.{digits}f}" for end in row["interval"])
+        )
         change = "-" if row["difference"] is None else f"{row['difference']:+.{digits}f}"
         rows.append([title, *means, change, interval, row["verdict"]])
     print()
     for label, side, unfinished in zip("AB", "ab", result["unfinished"]):
-        print(f"{label}: {result[side]}" + (f" ({unfinished} unfinished left out)" if unfinished else ""))
+        print(
+            f"{label}: {result[side]}"
+            + (f" ({unfinished} unfinished left out)" if unfinished else "")
+        )
     print_table(rows)
 
 
 def print_json(runs, summaries, comparison, at):
     """Everything the tables say and every validation; a loss that is nan becomes null, JSON has no nan."""
+
     def loss(value):
         return value if value is None or math.isfinite(value) else None
 
     listing = []
     for run in runs:
         steps, seconds = first_reach(run.validations, at)
-        listing.append(asdict(run) | {
-            "finished": run.finished,
-            "val_loss": loss(run.loss),
-            "time_s": run.seconds,
-            "reaches": {"loss": at, "steps": steps, "time_s": seconds},
-            "validations": [{"step": v.step, "loss": loss(v.loss), "time_s": v.seconds} for v in run.validations],
-        })
-    print(json.dumps({"runs": listing, "groups": summaries, "versus": comparison}, indent=1, allow_nan=False))
+        listing.append(
+            asdict(run)
+            | {
+                "finished": run.finished,
+                "val_loss": loss(run.loss),
+                "time_s": run.seconds,
+                "reaches": {"loss": at, "steps": steps, "time_s": seconds},
+                "validations": [
+                    {"step": v.step, "loss": loss(v.loss), "time_s": v.seconds}
+                    for v in run.validations
+                ],
+            }
+        )
+    print(
+        json.dumps(
+            {"runs": listing, "groups": summaries, "versus": comparison}, indent=1, allow_nan=False
+        )
+    )
 
 
 def draw(groups, target, file):
@@ -421,23 +489,37 @@ def draw(groups, target, file):
     axes = figure.subplots(1, 2, sharey=True)
     legend = []
     for index, (name, members) in enumerate(sets.items()):
-        style = {"color": colours(index if len(sets) <= 10 else index / (len(sets) - 1)), "marker": ".", "linewidth": 1}
+        style = {
+            "color": colours(index if len(sets) <= 10 else index / (len(sets) - 1)),
+            "marker": ".",
+            "linewidth": 1,
+        }
         for run in members:
             style["linestyle"] = "-" if run.finished else ":"
             losses = [validation.loss for validation in run.validations]
             axes[0].plot([validation.step for validation in run.validations], losses, **style)
             if run.seconds is not None:
-                axes[1].plot([validation.seconds for validation in run.validations], losses, **style)
-        label = name.removeprefix(shared).strip("/") + (f" ({len(members)} runs)" if len(members) > 1 else "")
+                axes[1].plot(
+                    [validation.seconds for validation in run.validations], losses, **style
+                )
+        label = name.removeprefix(shared).strip("/") + (
+            f" ({len(members)} runs)" if len(members) > 1 else ""
+        )
         if all(run.seconds is None for run in members):
             label += " (no times in the log)"
         legend.append(Line2D([], [], **style | {"linestyle": "-", "label": plain(label)}))
     if not all(run.finished for run in runs):
         legend.append(Line2D([], [], color="gray", linestyle=":", label="unfinished"))
-    legend.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"target {target:g}"))
+    legend.append(
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
+    )
     # The first quarter of a run falls from 11 to 4 and would flatten the rest, where runs differ.
-    seen = [(v.step / (run.total_steps or run.steps or 1), v.loss)
-            for run in runs for v in run.validations if math.isfinite(v.loss)]
+    seen = [
+        (v.step / (run.total_steps or run.steps or 1), v.loss)
+        for run in runs
+        for v in run.validations
+        if math.isfinite(v.loss)
+    ]
     shown = [loss for part, loss in seen if part >= 0.25] or [loss for _, loss in seen]
     low, high = min([target, *shown]), max([target, *shown])
     margin = 0.04 * (high - low) or 0.01
@@ -446,7 +528,9 @@ def draw(groups, target, file):
         axis.set(xlabel=unit, xlim=(0, None), ylim=(low - margin, high + margin))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss (nats per token)")
-    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False, title=plain(shared))
+    figure.legend(
+        handles=legend, loc="outside lower center", ncols=2, frameon=False, title=plain(shared)
+    )
     figure.savefig(file, dpi=120)
 
 
@@ -471,14 +555,27 @@ def loss_value(text):
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="compare.py", description="Compare NanoGPT speedrun logs.", allow_abbrev=False)
+    parser = Parser(
+        prog="compare.py", description="Compare NanoGPT speedrun logs.", allow_abbrev=False
+    )
     parser.add_argument("paths", nargs="*", type=Path, metavar="LOG_OR_FOLDER")
-    parser.add_argument("--sort", choices=SORT_KEYS, default="name", help="column to sort the runs by")
-    parser.add_argument("--target", type=loss_value, default=3.28, help="loss to be proven (default 3.28)")
-    parser.add_argument("--vs", nargs=2, type=Path, metavar=("A", "B"), help="two sets of runs to compare")
-    parser.add_argument("--at", type=loss_value, help="say when each run first reaches this loss "
-                        "(default with --vs and --json: the target)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the loss curves to a .png or .svg")
+    parser.add_argument(
+        "--sort", choices=SORT_KEYS, default="name", help="column to sort the runs by"
+    )
+    parser.add_argument(
+        "--target", type=loss_value, default=3.28, help="loss to be proven (default 3.28)"
+    )
+    parser.add_argument(
+        "--vs", nargs=2, type=Path, metavar=("A", "B"), help="two sets of runs to compare"
+    )
+    parser.add_argument(
+        "--at",
+        type=loss_value,
+        help="say when each run first reaches this loss (default with --vs and --json: the target)",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the loss curves to a .png or .svg"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_intermixed_args(argv)
     paths = [*(arguments.vs or ()), *arguments.paths]
@@ -507,10 +604,16 @@ def main(argv=None):
     if not runs:
         print(f"{parser.prog}: no run found", file=sys.stderr)
         return 1
-    summaries = [summarize(name, members, target) for name, members in groups.items() if len(members) > 1]
+    summaries = [
+        summarize(name, members, target) for name, members in groups.items() if len(members) > 1
+    ]
     if summaries and stdtr is None:
         print(f"p-values need scipy: {INSTALL}", file=sys.stderr)
-    comparison = versus(*(part for path in vs for part in (printable(path), found[path])), at or target) if vs else None
+    comparison = (
+        versus(*(part for path in vs for part in (printable(path), found[path])), at or target)
+        if vs
+        else None
+    )
     runs = sort_runs(runs.values(), arguments.sort)
     if arguments.json:
         print_json(runs, summaries, comparison, at or target)
