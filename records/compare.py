@@ -384,7 +384,7 @@ def paired(a, b, ratio=False):
 
     half = quantile(n, (1 + CONFIDENCE) / 2)
     result["interval"] = [back(center - half), back(center + half)]
-    if center:
+    if abs(center) > std / 1000:  # for less it would be millions
         result["needed"] = smallest_number(2, enough)
     verdict = "within noise"
     if abs(center) > half:
@@ -553,15 +553,16 @@ def draw_set(axes, runs, colour):
     if repeated:
         points = list(zip(*(run.validations for run in finished), strict=True))
         losses = [describe([validation.loss for validation in point]) for point in points]
-        mean = [loss["mean"] for loss in losses]
-        low = [loss["mean"] - loss["std"] for loss in losses]
-        high = [loss["mean"] + loss["std"] for loss in losses]
+        mean, std = ([loss[key] for loss in losses] for key in ("mean", "std"))
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         places = [[point[0].step for point in points]]
         if all(run.seconds is not None for run in finished):
             places.append([statistics.fmean(v.seconds for v in point) for point in points])
         for axis, place in zip(axes, places, strict=False):
             axis.plot(place, mean, color=colour, marker=".", linewidth=1.5)
             axis.fill_between(place, low, high, color=colour, alpha=0.2, linewidth=0)
+            if len(place) == 1:  # a point has no band
+                axis.errorbar(place, mean, std, color=colour, capsize=3)
     for run in [run for run in runs if not (repeated and run.finished)]:
         style = {"color": colour, "marker": ".", "linewidth": 1}
         style["linestyle"] = "-" if run.finished else ":"
