@@ -556,7 +556,7 @@ def draw_set(axes, runs, colour):
         mean, std = ([loss[key] for loss in losses] for key in ("mean", "std"))
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         places = [[point[0].step for point in points]]
-        if all(run.seconds is not None for run in finished):
+        if all(v.seconds is not None for point in points for v in point):
             places.append([statistics.fmean(v.seconds for v in point) for point in points])
         for axis, place in zip(axes, places, strict=False):
             axis.plot(place, mean, color=colour, marker=".", linewidth=1.5)

@@ -317,8 +317,8 @@ def run_once(race, version, seed, script, bar, interrupts):
 
 
 def run_all(race, interrupts):
-    """Every run that is not there yet, in turns: for each seed all versions, every other time in the
-    opposite order. Returns whether it came to its end."""
+    """Every run that is not there yet, in turns: for each seed all versions, every other time in
+    the opposite order. Returns whether it came to its end."""
     width = max(len(version.label) for version in race.versions)
     plan = [
         (version, seed)
