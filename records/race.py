@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -417,14 +418,12 @@ def table(rows, complete):
         means = [compare.number(result[side]["mean"], digits) for side in "ab"]
         form = "x{:.3f}" if ratio else f"{{:+.{digits}f}}"
         change = "-" if result["difference"] is None else form.format(result["difference"])
-        interval = result["verdict"].removeprefix("no comparison: ")
+        lacking = result["verdict"].startswith("no comparison")
+        interval = "a run has no value" if lacking else "no spread"
         if result["interval"]:
             interval = " to ".join(map(form.format, result["interval"]))
         if not complete:
             interval = "-"
-        interval = interval.replace(" of A ", " of the candidate ").replace(
-            " of B ", " of the base "
-        )
         cells.append([title, *means, change, f"  {interval}"])
     return list(compare.table_lines(cells))
 
@@ -487,6 +486,10 @@ def write_readme(race, argv, lines, picture):
     (race.out / "README.md").write_text("\n".join(text))
 
 
+def break_line(line):
+    return [line] if len(line) <= 80 else textwrap.wrap(line, 80)
+
+
 def report(race, argv, parser, arguments):
     """Print and keep the result. Returns whether every candidate was compared without a flaw."""
     lines, flawless = [], True
@@ -499,6 +502,8 @@ def report(race, argv, parser, arguments):
             "Each candidate is judged by itself: of 20 that change nothing, one seems to.",
             "",
         ]
+    # Tables and short lines stay as they are; long sentences are broken for a narrow terminal.
+    lines = [part for line in lines for part in break_line(line)]
     print("\n" + "\n".join(lines[:-1]))
     groups = {each.label: list(each.runs.values()) for each in race.versions if each.runs}
     picture = arguments.plot and bool(groups)

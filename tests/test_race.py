@@ -196,6 +196,7 @@ def test_a_crash_is_named_and_does_not_stop_the_others(tmp_path):
     broken.write_text(TRAINER.replace("    time.sleep", "    raise ValueError('no such shape')\n#"))
     code, out, _ = run(tmp_path, broken, idea, "--base", main, "--seeds", "2", "--out", "record")
     assert code == 1
+    out = " ".join(out.split())
     assert "No verdict on broken: broken crashed with seed 0 (exit code 1): " in out
     assert "ValueError: no such shape" in out and "idea is better than main" in out
     assert "ValueError" in (tmp_path / "record/broken/seed_0.out").read_text()
