@@ -605,7 +605,7 @@ def test_plot(two_sets, capsys):
         "_new $x_$ (3 runs)",
         "old (4 runs)",
         "untimed (no times in the log)",
-        "target 3.28",
+        "loss 3.28",
         "unfinished",
         "training time (s)",
         "step",

@@ -203,7 +203,7 @@ def test_a_crash_is_named_and_does_not_stop_the_others(tmp_path):
     elsewhere = trainer(tmp_path / "elsewhere.py", HARDWARE="another machine")
     code, out, _ = run(tmp_path, elsewhere, "--base", main, "--seeds", "2")
     assert code == 1 and "No verdict on elsewhere" in out
-    assert "hardware is another machine in elsewhere and CPU in main." in out
+    assert "hardware is another machine in elsewhere and CPU in main." in " ".join(out.split())
 
 
 def test_the_real_trainer_by_revision_and_working_tree(tmp_path, make_shard, monkeypatch):
