@@ -235,6 +235,17 @@ def test_resumed_run_counts_its_later_lines(tmp_path):
     ]
 
 
+def test_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
+    form = "step:{0}/30 val_loss:{1} train_time:{0}ms step_avg:{2}ms".format
+    before = [form(10, 5.0, 7.0), form(20, 4.5, 8.0), "step:25/30 train_time:25ms step_avg:1ms"]
+    log = write(
+        tmp_path / "a.txt", *before, "resumed from step 10", "step:11/30 train_time:11ms x:1"
+    )
+    run = compare.read_log(log)
+    assert [v.step for v in run.validations] == [10]
+    assert (run.steps, run.step_avg_ms, run.finished) == (11, 7.0, False)
+
+
 def test_other_newlines_and_foreign_bytes(tmp_path):
     log = tmp_path / "a.txt"
     log.write_bytes(
