@@ -6,12 +6,12 @@
     zcat dump.gz | python data/local_text.py -         standard input (with --jsonl: JSON lines)
 
 This writes train_000001.bin, ... and val_000000.bin, ... into --out (default data/local_text),
-where the tiny preset of train_gpt.py looks for them. Files that end in .gz are unpacked. The tokens are
-the bytes of the text, 0 to 255, and 256 begins a document; with --tokenizer gpt2 they are those of
-GPT-2, and 50256 begins a document. The order of the documents is drawn with --seed; the same text
-and settings give the same bytes. The share --val_fraction of the documents is for validation; where
-the documents are too few for that, the last part of each. What is not UTF-8 text is left out, and
-counted in the closing line.
+where the tiny preset of train_gpt.py looks for them. Files that end in .gz are unpacked. The
+tokens are the bytes of the text, 0 to 255, and 256 begins a document; with --tokenizer gpt2 they
+are those of GPT-2, and 50256 begins a document. The order of the documents is drawn with --seed;
+the same text and settings give the same bytes. The share --val_fraction of the documents is for
+validation; where the documents are too few for that, the last part of each. What is not UTF-8 text
+is left out, and counted in the closing line.
 
 Memory does not grow with the corpus: the text waits in a temporary file in --out, as large as the
 text, and the documents are read from there in their drawn order.
