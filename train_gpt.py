@@ -99,17 +99,13 @@ class Hyperparameters:
         least=1e-6,
         most=1,
     )
-    embed_lr: float = setting("training", 0.6, "learning rate of the embeddings (Adam)", least=0)
-    head_lr: float = setting("training", 0.008, "learning rate of the head (Adam)", least=0)
-    scalar_lr: float = setting(
-        "training", 0.04, "learning rate of the mixing weights (Adam)", least=0
-    )
-    muon_lr: float = setting(
-        "training", 0.05, "learning rate of the hidden matrices (Muon)", least=0
-    )
+    embed_lr: float = setting("training", 0.6, "learning rate of the embeddings (Adam)")
+    head_lr: float = setting("training", 0.008, "learning rate of the head (Adam)")
+    scalar_lr: float = setting("training", 0.04, "learning rate of the mixing weights (Adam)")
+    muon_lr: float = setting("training", 0.05, "learning rate of the hidden matrices (Muon)")
     repeat: bool = setting("training", False, "begin again when the training tokens are used up")
     seed: int = setting(
-        "training", 0, "seed of the initial weights and of the sample", least=0, most=2**63 - 1
+        "training", 0, "seed of the initial weights and of the sample", most=2**63 - 1
     )
 
     train_files: str = setting(
@@ -118,7 +114,7 @@ class Hyperparameters:
     val_files: str = setting(
         "data", "data/fineweb10B/fineweb_val_*.bin", "validation shards, a glob"
     )
-    val_tokens: int = setting("data", 10485760, "tokens to validate on; 0 for all", least=0)
+    val_tokens: int = setting("data", 10485760, "tokens to validate on; 0 for all")
     val_seq_len: int = setting(
         "data", 4 * 64 * 1024, "tokens of a validation sequence", multiple_of=BLOCK
     )
@@ -132,10 +128,8 @@ class Hyperparameters:
     coordinate_descent_tuning: bool = setting(
         "run", False, "tune the compiled kernels: minutes more before a faster step"
     )
-    val_loss_every: int = setting(
-        "run", 125, "steps between validations; 0 for the last alone", least=0
-    )
-    sample: int = setting("run", 0, "tokens to write after training, at most", least=0)
+    val_loss_every: int = setting("run", 125, "steps between validations; 0 for the last alone")
+    sample: int = setting("run", 0, "tokens to write after training, at most")
     timeout: int = setting(
         "run", 300, "seconds to wait for another process; more than a validation takes", least=5
     )
@@ -145,7 +139,7 @@ class Hyperparameters:
     )
 
     save_every: int = setting(
-        "checkpoints", 0, "steps between checkpoints, LOG_DIR/RUN_ID/step_*.pt; 0: none", least=0
+        "checkpoints", 0, "steps between checkpoints, LOG_DIR/RUN_ID/step_*.pt; 0: none"
     )
     keep: int = setting("checkpoints", 2, "how many checkpoints to keep, the newest", least=1)
     resume: str = setting(
@@ -294,7 +288,7 @@ def mm_backward_shapes(grad, x_f8, w_f8, x_s, w_s, grad_s):
     return x_f8.to(torch.bfloat16), w_f8.to(torch.float32)
 
 
-def mm_setup_context(ctx, inputs, output) -> None:
+def mm_setup_context(ctx, inputs, output):
     _, x_f8, w_f8 = output
     ctx.save_for_backward(x_f8, w_f8)
     ctx.mark_non_differentiable(x_f8, w_f8)
@@ -383,7 +377,7 @@ class Muon(torch.optim.Optimizer):
         return math.ceil(len(params) / self.world_size)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self):
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
         updates = [self.orthogonal_updates(group) for group in self.param_groups]
         for group, (update, work) in zip(self.param_groups, updates, strict=True):
@@ -790,14 +784,8 @@ class DistributedDataLoader:
                 "`python data/local_text.py`, fetch FineWeb as README.md says, or name yours with "
                 "--train_files and --val_files."
             )
-        self.shards, vocab_sizes = zip(*map(open_shard, self.files), strict=True)
-        self.vocab_size = vocab_sizes[0]
-        for path, vocab_size in zip(self.files, vocab_sizes, strict=True):
-            if vocab_size != self.vocab_size:
-                raise UserError(
-                    f"{path} has a vocabulary of {vocab_size}, and {self.files[0]} one of "
-                    f"{self.vocab_size}; use shards of one tokenizer."
-                )
+        self.shards, self.vocab_sizes = zip(*map(open_shard, self.files), strict=True)
+        self.vocab_size = self.vocab_sizes[0]
         *self.starts, self.total = np.cumsum([0, *map(len, self.shards)]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         missing = max(2, self.num_tokens + 1) - self.total  # the last target is one token further
@@ -814,7 +802,7 @@ class DistributedDataLoader:
         self.num_sequences = math.ceil(self.num_tokens / seq_len)
         self.position = 0  # the number of sequences that all processes have taken together
 
-    def check_tokens(self) -> None:
+    def check_tokens(self):
         """Read all that the run will see. Raises UserError at a token beyond the vocabulary."""
         for path, start, shard in zip(self.files, self.starts, self.shards, strict=True):
             tokens = shard[: max(0, self.num_tokens + 1 - start)]
@@ -933,7 +921,7 @@ def sum_over_processes(t: Tensor) -> Tensor:
     return t
 
 
-def sum_gradients(model: GPT, muon: Muon) -> None:
+def sum_gradients(model: GPT, muon: Muon):
     """Add up the gradients over all processes: Muon's at their owners, the others everywhere.
 
     All are sent off before the first is waited for. A matrix that goes to its owner alone takes
@@ -1042,9 +1030,9 @@ class Machine:
                 f"{count} GPU(s) found here, and process {place[1]} would need one more; start "
                 f"--nproc_per_node={count}."
             )
-        # Segments that can grow lose less memory to fragmentation. Either name may be set already.
-        allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", allocator)
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # an older name of the same
+            # Segments that can grow lose less memory to fragmentation.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", place[1])
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
@@ -1082,7 +1070,7 @@ class Machine:
             return [function(item) for item in items]
         return list(self.pool.map(function, items))
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         """Wait until the GPU has done all that it was asked for."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
@@ -1119,7 +1107,7 @@ def cpu_model() -> str:
     return found[1] if found else platform.machine()
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory():
     """Let glibc keep what is freed: fresh pages cost a small network more than its computing."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -1227,7 +1215,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
     return Hyperparameters(**PRESETS[preset] | given), preset
 
 
-def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
+def check_settings(hp: Hyperparameters, preset: str, machine: Machine):
     """Raise UserError at the first setting that cannot work here, with these processes."""
     if preset != "tiny" and not machine.is_gpu:
         raise UserError(
@@ -1250,14 +1238,16 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine) -> None:
         )
 
 
-def check_limits(name: str, value, least=None, most=math.inf, multiple_of=None, **_) -> None:
-    """Raise UserError where a setting's value is outside of its limits."""
+def check_limits(name: str, value, least=0, most=math.inf, multiple_of=None, **_):
+    """Raise UserError where a number is outside of its limits; least of all it is negative."""
+    if not isinstance(value, (int, float)):
+        return
     if multiple_of and (value < multiple_of or value % multiple_of):
         nearest = next_multiple_of_n(value, n=multiple_of)
         raise UserError(
             f"--{name} is {value}, and has to be a multiple of {multiple_of}, as {nearest}."
         )
-    if least is not None and not least <= value <= most:
+    if not least <= value <= most:
         up_to = f" and at most {most}" if most < math.inf else ""
         raise UserError(f"--{name} is {value}, and has to be at least {least}{up_to}.")
 
@@ -1266,7 +1256,7 @@ def check_limits(name: str, value, least=None, most=math.inf, multiple_of=None, 
 # Processes: they start from the same, stop after the same step, and end together
 
 
-def say(sentence: str) -> None:
+def say(sentence: str):
     """A line for a person, which a full disk cannot turn into an error."""
     with contextlib.suppress(OSError):
         tqdm.write(f"train_gpt.py: {sentence}", file=sys.stderr)
@@ -1294,13 +1284,13 @@ class StopSignals:
         threading.Thread(target=self.listen, daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_):
         wakeup_fd, handlers = self.before
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.close(signal.set_wakeup_fd(wakeup_fd))  # which ends the thread
 
-    def listen(self) -> None:
+    def listen(self):
         second_from = math.inf
         while number := int.from_bytes(os.read(self.pipe, 1)):
             if number not in self.before[1]:
@@ -1354,7 +1344,7 @@ def process_group(machine: Machine, facts: dict[str, str], timeout: int):
             dist.destroy_process_group()
 
 
-def call_the_roll(store, machine: Machine) -> None:
+def call_the_roll(store, machine: Machine):
     """Say who is missing, by the launcher's store, after a collective has failed here.
 
     Those who still wait in one hear of it when this process leaves the group, and answer as well.
@@ -1375,7 +1365,7 @@ def call_the_roll(store, machine: Machine) -> None:
         say(f"process {missing} gave no answer: killed, stopped or cut off; the run has ended.")
 
 
-def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str) -> None:
+def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str):
     """Raise UserError at the first name whose facts differ: `facts` of `one`, and of `other`."""
     for name in expected | facts:
         found, wanted = facts.get(name), expected.get(name)
@@ -1408,7 +1398,7 @@ def snapshot(network: GPT, optimizers) -> dict:
     return state
 
 
-def restore(state: dict, network: GPT, optimizers) -> None:
+def restore(state: dict, network: GPT, optimizers):
     """Put back what `snapshot` returned, on any number of processes."""
     adam, muon = optimizers
     network.load_state_dict(state["network"])
@@ -1422,7 +1412,7 @@ def restore(state: dict, network: GPT, optimizers) -> None:
         torch.cuda.set_rng_state(state["random_cuda"])
 
 
-def write_checkpoint(path: Path, state: dict, keep: int) -> None:
+def write_checkpoint(path: Path, state: dict, keep: int):
     """Write a checkpoint under another name, which is changed when all is on the disk.
 
     Then delete all but the newest `keep`, and those of later steps, which a run that was resumed
@@ -1446,7 +1436,7 @@ def write_checkpoint(path: Path, state: dict, keep: int) -> None:
         other.unlink(missing_ok=True)
 
 
-def go_on_from(start: dict, network: GPT, optimizers, loader: DistributedDataLoader) -> None:
+def go_on_from(start: dict, network: GPT, optimizers, loader: DistributedDataLoader):
     """Put everything where it was when the checkpoint was taken."""
     try:
         restore(start, network, optimizers)
@@ -1570,14 +1560,14 @@ class Log:
         self.failing.discard(what)
         return True
 
-    def line(self, text: str, shown: bool = True) -> None:
+    def line(self, text: str, shown: bool = True):
         """Add a line to the file, and show it."""
         self.file.write(f"{text}\n".encode())
         self.attempt("the log", self.file.flush)
         if shown and self.machine.rank == 0:
             self.attempt("standard output", self.show, text)
 
-    def show(self, text: str) -> None:
+    def show(self, text: str):
         self.bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -1597,29 +1587,29 @@ class Log:
         self.machine.synchronize()
         self.running_since = time.perf_counter()
 
-    def progress(self, step: int, loss: float, name: str, shown: bool) -> None:
-        """A line in the form of the public logs. Raises UserError where the loss is not finite."""
+    def times(self, step: int) -> str:
+        """The clock, in the form of the public logs."""
         now = self.ms()
-        times = f"train_time:{now:.0f}ms step_avg:{now / max(step, 1):.2f}ms"
-        fields = [f"step:{step}/{self.hp.num_iterations}", times]
-        fields.insert(1 if name == "val_loss" else 2, f"{name}:{loss:.4f}")
-        self.line(" ".join(fields), shown)
+        return f"train_time:{now:.0f}ms step_avg:{now / max(step, 1):.2f}ms"
+
+    def check(self, step: int, loss: float):
+        """Raise UserError where the loss is not finite; it is the same on all processes."""
         if not math.isfinite(loss):
             first = self.hp.seqs_per_step * (max(step, 1) - 1)
             where = whereabouts(self.loader, first, first + self.hp.seqs_per_step)
-            last = self.last_checkpoint or "none"
             raise UserError(
-                f"the loss of step {step} is {loss}, on {where}; the last checkpoint: {last}."
+                f"the loss of step {step} is {loss}, on {where}; the last checkpoint: "
+                f"{self.last_checkpoint or 'none'}."
             )
 
-    def step(self, step: int, loss_and_stops: Tensor) -> None:
+    def step(self, step: int, loss_and_stops: Tensor):
         """The line of a step. A GPU's is written while the next step runs: nothing waits for it."""
         self.flush()
         self.pending = step, self.machine.read_later(loss_and_stops)
         if not self.machine.is_gpu:
             self.flush()
 
-    def flush(self) -> None:
+    def flush(self):
         """Write the line that waits for its loss."""
         if self.pending is None:
             return
@@ -1629,15 +1619,18 @@ class Log:
         self.stopping = stops > 0
         self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
         self.bar.update()
-        self.progress(step, loss, "train_loss", shown=self.bar.disable)
+        line = f"step:{step}/{self.hp.num_iterations} {self.times(step)} train_loss:{loss:.4f}"
+        self.line(line, shown=self.bar.disable)
+        self.check(step, loss)
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float):
         """The line of a validation after `step` steps."""
         self.flush()
         self.best = min(self.best, loss)
-        self.progress(step, loss, "val_loss", shown=True)
+        self.line(f"step:{step}/{self.hp.num_iterations} val_loss:{loss:.4f} {self.times(step)}")
+        self.check(step, loss)
 
-    def save(self, step: int, state: dict) -> None:
+    def save(self, step: int, state: dict):
         """Write a checkpoint, LOG_DIR/RUN_ID/step_*.pt, on process 0."""
         if self.machine.rank > 0:
             return
@@ -1663,7 +1656,7 @@ class Log:
             say(f"stopped by {name} after step {step} of {self.hp.num_iterations}; {how}.")
         return 128 + number
 
-    def report(self) -> None:
+    def report(self):
         """The closing lines: tokens per second, passes over the tokens, memory, and the log."""
         tokens = self.hp.num_iterations * self.hp.seqs_per_step * self.hp.train_seq_len
         passes = self.loader.position * self.loader.seq_len / self.loader.total
@@ -1675,7 +1668,7 @@ class Log:
         self.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         self.line(f"log: {self.path} (to draw it: python records/compare.py {self.path} --plot)")
 
-    def close(self) -> None:
+    def close(self):
         self.bar.close()
         with contextlib.suppress(OSError):
             self.file.close()
@@ -1728,11 +1721,13 @@ def open_data(hp: Hyperparameters, machine: Machine) -> tuple:
     val_loader = DistributedDataLoader(
         hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **place
     )
-    if train_loader.vocab_size != val_loader.vocab_size:
-        raise UserError(
-            f"{hp.train_files} has a vocabulary of {train_loader.vocab_size}, and {hp.val_files} "
-            f"one of {val_loader.vocab_size}; train and validate on shards of one tokenizer."
-        )
+    for loader in (train_loader, val_loader):
+        for file, vocab_size in zip(loader.files, loader.vocab_sizes, strict=True):
+            if vocab_size != train_loader.vocab_size:
+                raise UserError(
+                    f"{file} has a vocabulary of {vocab_size}, and {train_loader.files[0]} one of "
+                    f"{train_loader.vocab_size}; train and validate on shards of one tokenizer."
+                )
     if machine.local_rank == 0:  # once a machine is enough
         train_loader.check_tokens()
         val_loader.check_tokens()
@@ -1747,7 +1742,7 @@ def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
     return torch.compile(network, dynamic=False, fullgraph=True)
 
 
-def warm_up(model, network: GPT, optimizers, hp: Hyperparameters, machine: Machine) -> None:
+def warm_up(model, network: GPT, optimizers, hp: Hyperparameters, machine: Machine):
     """Compile and run every kernel on made-up tokens; then put everything back as it was."""
     before = copy.deepcopy(snapshot(network, optimizers))
     # The longest window: what fits now will always fit.
@@ -1805,30 +1800,22 @@ def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
         return f"(as numbers, for want of tiktoken: {error}) {' '.join(map(str, tokens))}"
 
 
-@dataclasses.dataclass
 class Run:
-    """What has been prepared, and was found to fit together, before the first step."""
+    """All that can be wrong with one process alone, prepared before processes meet.
 
-    hp: Hyperparameters
-    preset: str
-    machine: Machine
-    train_loader: DistributedDataLoader
-    val_loader: DistributedDataLoader
-    curve: dict[str, str]
-    shared: dict[str, str]
-    start: dict
+    Raises UserError where something is.
+    """
 
-
-def prepare(argv: list[str] | None) -> Run:
-    """All that can be wrong with one process alone. Raises UserError."""
-    hp, preset = parse_arguments(argv)
-    machine = Machine.detect()
-    check_settings(hp, preset, machine)
-    train_loader, val_loader = open_data(hp, machine)
-    curve, shared = describe_run(hp, machine, train_loader, val_loader)
-    start = find_checkpoint(hp, curve)
-    shared["checkpoint"] = str(start["checksum"])
-    return Run(hp, preset, machine, train_loader, val_loader, curve, shared, start)
+    def __init__(self, argv: list[str] | None):
+        self.hp, self.preset = parse_arguments(argv)
+        self.machine = Machine.detect()
+        check_settings(self.hp, self.preset, self.machine)
+        self.train_loader, self.val_loader = open_data(self.hp, self.machine)
+        self.curve, self.shared = describe_run(
+            self.hp, self.machine, self.train_loader, self.val_loader
+        )
+        self.start = find_checkpoint(self.hp, self.curve)
+        self.shared["checkpoint"] = str(self.start["checksum"])
 
 
 def header(run: Run, network: GPT) -> str:
@@ -1901,8 +1888,7 @@ def train(run: Run, signals: StopSignals) -> int:
         if not hp.eval_only:
             log.report()
         if hp.sample and machine.rank == 0:
-            with torch.compiler.set_stance("force_eager"):  # each length would be compiled
-                log.line("sample: " + sample(network, hp.sample, window, hp.seed))
+            log.line("sample: " + sample(network, hp.sample, window, hp.seed))
     return 0
 
 
@@ -1913,7 +1899,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         with StopSignals() as signals:
-            run = prepare(argv)
+            run = Run(argv)
             with process_group(run.machine, run.shared, run.hp.timeout):
                 return train(run, signals)
     except (UserError, OSError) as error:  # an OSError names the file
