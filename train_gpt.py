@@ -213,21 +213,8 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # FP8 matmul with fixed scales: activations and weights in e4m3, gradients in e5m2, as in
-# "FP8 Formats for Deep Learning" (Micikevicius et al., 2022)
-
-
-def fused_on_gpu(function):
-    """Compile a function of tensors when it first meets a GPU; run it as it is elsewhere."""
-
-    @functools.cache
-    def compiled_function():
-        return torch.compile(function, dynamic=False)
-
-    @functools.wraps(function)
-    def choose(*args):
-        return compiled_function()(*args) if args[0].is_cuda else function(*args)
-
-    return choose
+# "FP8 Formats for Deep Learning" (Micikevicius et al., 2022). The compiler sees into operators that
+# are declared as triton_op, and so fuses the casts with what makes their input.
 
 
 def to_fp8(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -250,8 +237,7 @@ def scaled_mm(
     )
 
 
-@torch.library.custom_op("nanogpt::mm", mutates_args=())
-@fused_on_gpu
+@torch.library.triton_op("nanogpt::mm", mutates_args=())
 def mm_op(
     x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,8 +250,7 @@ def mm_op(
     return scaled_mm(x_f8, w_f8, x_s, w_s, torch.bfloat16, fast=True), x_f8, w_f8
 
 
-@torch.library.custom_op("nanogpt::mm_backward", mutates_args=())
-@fused_on_gpu
+@torch.library.triton_op("nanogpt::mm_backward", mutates_args=())
 def mm_backward_op(
     grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: float, grad_s: float
 ) -> tuple[Tensor, Tensor]:
@@ -274,18 +259,6 @@ def mm_backward_op(
     grad_x = scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16)
     grad_w = scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32)
     return grad_x, grad_w
-
-
-@mm_op.register_fake
-def mm_shapes(x, w, x_s, w_s, grad_s):
-    x_f8 = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    w_f8 = w.new_empty(w.shape, dtype=torch.float8_e4m3fn)
-    return x.new_empty(len(x), len(w), dtype=torch.bfloat16), x_f8, w_f8
-
-
-@mm_backward_op.register_fake
-def mm_backward_shapes(grad, x_f8, w_f8, x_s, w_s, grad_s):
-    return x_f8.to(torch.bfloat16), w_f8.to(torch.float32)
 
 
 def mm_setup_context(ctx, inputs, output):
