@@ -24,6 +24,7 @@ import glob
 import hashlib
 import importlib
 import io
+import logging
 import math
 import os
 import platform
@@ -235,6 +236,10 @@ def scaled_mm(
     return torch._scaled_mm(
         a, b.T, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast
     )
+
+
+# Without Triton, as on a CPU, it would warn that it cannot look for Triton's kernels in them.
+logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 @torch.library.triton_op("nanogpt::mm", mutates_args=())
@@ -689,13 +694,24 @@ class GPT(nn.Module):
         Ids (T,) int32, targets (T,) int64 with -100 where there is none, a window, 0-d int32.
         """
         hidden = self.hidden(input_seq, sliding_window_num_blocks)
-        if self.training:
-            return F.cross_entropy(self.logits(hidden), target_seq)
-        # In parts, since the logits of a whole validation sequence would not fit on a card.
-        loss_sum = 0
-        for h, target in zip(hidden.split(8192), target_seq.split(8192), strict=True):
-            loss_sum = loss_sum + F.cross_entropy(self.logits(h), target, reduction="sum")
-        return loss_sum / (target_seq >= 0).sum()
+        # Validation in parts, since the logits of its long sequences would not fit on a card.
+        part = len(hidden) if self.training else 8192
+        total = 0
+        for h, target in zip(hidden.split(part), target_seq.split(part), strict=True):
+            total = total + self.loss_sum(h, target)
+        return total / (target_seq >= 0).sum()
+
+    def loss_sum(self, hidden: Tensor, target_seq: Tensor) -> Tensor:
+        """Sum of the cross-entropies of what `hidden` returned.
+
+        Logits between 0 and 30 need no shift before exp. The target's logit is taken by a sum over
+        the row, which the compiler fuses; a gather would store and fill float32 (T, vocabulary).
+        """
+        logits = self.logits(hidden)
+        vocabulary = torch.arange(logits.size(-1), device=logits.device)
+        is_target = vocabulary == target_seq[:, None]
+        losses = logits.exp().sum(-1).log() - torch.where(is_target, logits, 0.0).sum(-1)
+        return torch.where(target_seq >= 0, losses, 0.0).sum()
 
 
 # --------------------------------------------------------------------------------------------------
