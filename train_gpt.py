@@ -439,9 +439,12 @@ class CastedLinear(nn.Module):
         bound = 3**0.5 * 0.5 * in_features**-0.5
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features); leading dimensions of the weight are rows."""
-        weight = self.weight.flatten(0, -2)
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """(..., in_features) to (..., out_features), with the weight multiplied by `scale` first.
+
+        Leading dimensions of the weight count as rows.
+        """
+        weight = (self.weight * scale).flatten(0, -2)
         if self.use_fp8 and self.training and fp8_supported(x.device):
             out, *_ = torch.ops.nanogpt.mm(x.flatten(0, -2), weight, *self.scales)
             return out.view(*x.shape[:-1], -1).type_as(x)
@@ -498,11 +501,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, block_mask: BlockMask) -> Tensor:
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
-        qkv = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim)
-        q, k, v = qkv.chunk(3, dim=2)
+        # The values are scaled by way of their weight, which is the smaller tensor.
+        one = torch.ones_like(self.lambdas[0])
+        scale = torch.stack([one, one, self.lambdas[0]])
+        qkv = self.qkv(x, scale.view(3, 1, 1))
+        q, k, v = qkv.view(*x.shape[:2], 3 * self.num_heads, self.head_dim).chunk(3, dim=2)
         q = self.rotary(norm(q))
         k = self.rotary(norm(k))
-        v = self.lambdas[0] * v
         if ve is not None:
             v = v + self.lambdas[1] * ve.view_as(v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
