@@ -1,16 +1,16 @@
 """Train a 124M-parameter GPT on FineWeb to a validation loss of 3.28, fast.
 
 The recipe is the one that took 8 H100 GPUs just under three minutes in January
-2025. This file runs it unchanged on any number of GPUs, and smaller models on a
-CPU. Importing it defines everything and starts nothing. README.md tells what has
-been seen on which hardware, with the log of each result.
+2025. This file runs it unchanged on any number of GPUs, and smaller models on
+a CPU. Importing it defines everything and starts nothing. README.md tells what
+has been seen on which hardware, with the log of each result.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   the speedrun
-    python train_gpt.py --preset tiny                       a small model, on a CPU
+    python train_gpt.py --preset tiny                       a small one, on a CPU
 
-The first part is the recipe: settings, FP8 matmul, Muon, network, data, training
-step. The second part is what a run needs around it: machine, command line,
-processes, checkpoints, log.
+The first part is the recipe: settings, FP8 matmul, Muon, network, data, step.
+The second part is what a run needs around it: machine, command line, processes,
+checkpoints, log.
 """
 
 import argparse
