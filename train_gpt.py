@@ -1659,7 +1659,7 @@ class Log:
         """Say that the run was stopped after `step` steps; returns the exit code."""
         how = f"to go on, repeat the command with --resume {self.last_checkpoint}"
         if not self.last_checkpoint:
-            how = "nothing is saved, for want of --save_every"
+            how = "nothing is saved" + ", for want of --save_every" * (self.hp.save_every == 0)
         if self.machine.rank == 0:
             name = signal.Signals(number).name
             say(f"stopped by {name} after step {step} of {self.hp.num_iterations}; {how}.")
