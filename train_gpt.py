@@ -1374,6 +1374,7 @@ def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str
 # Checkpoints: all that a run goes on from. What is damaged or of another run is refused
 
 CHECKPOINT_FORMAT = 2
+BEGINNING = dict(step=0, run_id="", ms=0.0, best=math.inf, position=0, curve={})
 
 
 def snapshot(network: GPT, optimizers) -> dict:
@@ -1459,7 +1460,9 @@ def read_checkpoint(path: Path) -> dict:
             raise zipfile.BadZipFile(damaged)
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        found = int(state["format"])
+            found = int(state["format"])
+        if found == CHECKPOINT_FORMAT:
+            state |= {name: type(value)(state[name]) for name, value in BEGINNING.items()}
     except Exception as error:  # anything may be in a file
         raise UserError(
             f"{path} is not a whole checkpoint of this script ({type(error).__name__}); resume "
@@ -1496,7 +1499,7 @@ def find_checkpoint(hp: Hyperparameters, curve: dict[str, str]) -> dict:
         return state
     if failures:
         raise failures[0]
-    return dict(path="", checksum=0, step=0, run_id="", ms=0.0, best=math.inf)
+    return BEGINNING | dict(path="", checksum=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1652,7 +1655,7 @@ class Log:
         """Say that the run was stopped after `step` steps; returns the exit code."""
         how = f"to go on, repeat the command with --resume {self.last_checkpoint}"
         if not self.last_checkpoint:
-            how = "nothing is saved, for want of --save_every"
+            how = "nothing is saved" + ", for want of --save_every" * (self.hp.save_every == 0)
         if self.machine.rank == 0:
             name = signal.Signals(number).name
             say(f"stopped by {name} after step {step} of {self.hp.num_iterations}; {how}.")
