@@ -734,7 +734,7 @@ class GPT(nn.Module):
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
-HEADER_BYTES = 256 * 4
+HEADER_INTS = 256
 GPT2_VOCAB = 50257
 
 
@@ -743,21 +743,21 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
 
     Raises UserError where the file is not a whole shard.
     """
-    size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256:
-        header = np.zeros(256, dtype="<i4")
+    size = os.path.getsize(path) - 4 * HEADER_INTS
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS:
+        header = np.zeros(HEADER_INTS, dtype="<i4")
     magic, version, num_tokens, vocab_size = header[:4].tolist()
     vocab_size = vocab_size or GPT2_VOCAB  # the public shards leave it at 0
     known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
-    whole = num_tokens > 0 and size == HEADER_BYTES + 2 * num_tokens
+    whole = num_tokens > 0 and size == 2 * num_tokens
     if not (known and whole and 2 <= vocab_size <= 1 << 16):
         raise UserError(
             f"{path} is no whole token shard (magic number {magic}, version {version}, "
-            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes); make it again, or let "
-            "--train_files and --val_files leave it out."
+            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes of tokens); make it again, "
+            "or let --train_files and --val_files leave it out."
         )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,))
     return tokens, vocab_size
 
 
@@ -787,8 +787,13 @@ class DistributedDataLoader:
                 "`python data/local_text.py`, fetch FineWeb as README.md says, or name yours with "
                 "--train_files and --val_files."
             )
-        self.shards, self.vocab_sizes = zip(*map(open_shard, self.files), strict=True)
-        self.vocab_size = self.vocab_sizes[0]
+        self.shards, vocab_sizes = zip(*map(open_shard, self.files), strict=True)
+        self.vocab_size = vocab_sizes[0]
+        if len(set(vocab_sizes)) > 1:
+            raise UserError(
+                f"the shards of {filename_pattern} are of different vocabularies, "
+                f"{sorted(set(vocab_sizes))}; use those of one tokenizer."
+            )
         *self.starts, self.total = np.cumsum([0, *map(len, self.shards)]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         missing = max(2, self.num_tokens + 1) - self.total  # the last target is one token further
@@ -1169,7 +1174,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_bool(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
+    return ["false", "true"].index(text.lower()) == 1  # argparse reports a ValueError
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -1716,11 +1721,10 @@ def open_data(hp: Hyperparameters, machine: Machine) -> tuple:
     val_loader = DistributedDataLoader(
         hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **place
     )
-    vocab_sizes = {*train_loader.vocab_sizes, *val_loader.vocab_sizes}
-    if len(vocab_sizes) > 1:
+    if train_loader.vocab_size != val_loader.vocab_size:
         raise UserError(
-            f"the shards of {hp.train_files} and {hp.val_files} are of several vocabularies, "
-            f"{sorted(vocab_sizes)}; train and validate on shards of one tokenizer."
+            f"{hp.train_files} has a vocabulary of {train_loader.vocab_size}, and {hp.val_files} "
+            f"one of {val_loader.vocab_size}; train and validate on shards of one tokenizer."
         )
     if machine.local_rank == 0:  # once a machine is enough
         train_loader.check_tokens()
