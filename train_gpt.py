@@ -754,7 +754,7 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
     if not (known and whole and 2 <= vocab_size <= 1 << 16):
         raise UserError(
             f"{path} is no whole token shard (magic number {magic}, version {version}, "
-            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes of tokens); make it again, "
+            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes of them); make it again, "
             "or let --train_files and --val_files leave it out."
         )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,))
@@ -789,11 +789,12 @@ class DistributedDataLoader:
             )
         self.shards, vocab_sizes = zip(*map(open_shard, self.files), strict=True)
         self.vocab_size = vocab_sizes[0]
-        if len(set(vocab_sizes)) > 1:
-            raise UserError(
-                f"the shards of {filename_pattern} are of different vocabularies, "
-                f"{sorted(set(vocab_sizes))}; use those of one tokenizer."
-            )
+        for path, vocab_size in zip(self.files, vocab_sizes, strict=True):
+            if vocab_size != self.vocab_size:
+                raise UserError(
+                    f"{path} has a vocabulary of {vocab_size}, and {self.files[0]} one of "
+                    f"{self.vocab_size}; use shards of one tokenizer."
+                )
         *self.starts, self.total = np.cumsum([0, *map(len, self.shards)]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         missing = max(2, self.num_tokens + 1) - self.total  # the last target is one token further
@@ -1723,8 +1724,8 @@ def open_data(hp: Hyperparameters, machine: Machine) -> tuple:
     )
     if train_loader.vocab_size != val_loader.vocab_size:
         raise UserError(
-            f"{hp.train_files} has a vocabulary of {train_loader.vocab_size}, and {hp.val_files} "
-            f"one of {val_loader.vocab_size}; train and validate on shards of one tokenizer."
+            f"{train_loader.files[0]} has a vocabulary of {train_loader.vocab_size}, and "
+            f"{val_loader.files[0]} one of {val_loader.vocab_size}; use shards of one tokenizer."
         )
     if machine.local_rank == 0:  # once a machine is enough
         train_loader.check_tokens()
