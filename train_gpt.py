@@ -734,7 +734,7 @@ class GPT(nn.Module):
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
-HEADER_INTS = 256
+HEADER_BYTES = 4 * 256
 GPT2_VOCAB = 50257
 
 
@@ -743,10 +743,10 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
 
     Raises UserError where the file is not a whole shard.
     """
-    size = os.path.getsize(path) - 4 * HEADER_INTS
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if len(header) < HEADER_INTS:
-        header = np.zeros(HEADER_INTS, dtype="<i4")
+    size = os.path.getsize(path) - HEADER_BYTES
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if size < 0:
+        header = np.zeros(256, dtype="<i4")
     magic, version, num_tokens, vocab_size = header[:4].tolist()
     vocab_size = vocab_size or GPT2_VOCAB  # the public shards leave it at 0
     known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
@@ -757,7 +757,7 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
             f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes of them); make it again, "
             "or let --train_files and --val_files leave it out."
         )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,))
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
     return tokens, vocab_size
 
 
