@@ -617,8 +617,9 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.num_layers = num_layers
         self.num_skips = num_layers // 2
+        self.train_seq_len = train_seq_len or max_seq_len
         # 2**19 keeps the gradients of a mean over 48K tokens inside e5m2's range.
-        grad_s = 2.0**19 * (train_seq_len or max_seq_len) / (48 * 1024)
+        grad_s = 2.0**19 * self.train_seq_len / (48 * 1024)
         hidden_fp8 = {}
         if fp8 == "all":  # |x| <= 224 and |w| <= 3.5 fit into e4m3
             hidden_fp8 = dict(use_fp8=True, x_s=2.0, w_s=128.0, grad_s=grad_s)
@@ -708,11 +709,10 @@ class GPT(nn.Module):
         Ids (T,) int32, targets (T,) int64 with -100 where there is none, a window, 0-d int32.
         """
         hidden = self.hidden(input_seq, sliding_window_num_blocks)
-        # Validation in parts, since the logits of its long sequences would not fit on a card.
-        part = len(hidden) if self.training else 8192
-        total = 0
-        for h, target in zip(hidden.split(part), target_seq.split(part), strict=True):
-            total = total + self.loss_sum(h, target)
+        # The logits of a longer sequence, as in validation, might not fit on the card at once.
+        hiddens = hidden.split(self.train_seq_len)
+        targets = target_seq.split(self.train_seq_len)
+        total = sum(self.loss_sum(h, t) for h, t in zip(hiddens, targets, strict=True))
         return total / (target_seq >= 0).sum()
 
     def loss_sum(self, hidden: Tensor, target_seq: Tensor) -> Tensor:
