@@ -417,7 +417,9 @@ class Muon(torch.optim.Optimizer):
         if self.world_size == 1:
             return updates, None
         gathered = updates.new_empty(self.world_size * len(updates), *updates.shape[1:])
-        return gathered, dist.all_gather_into_tensor(gathered, updates, async_op=True)
+        # torch 2.13's name, and the one before it.
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return gathered, gather(gathered, updates, async_op=True)
 
 
 # --------------------------------------------------------------------------------------------------
