@@ -99,7 +99,10 @@ class Started:
         self.launchers = []
         self.codes = []
         for number, command in enumerate(commands):
-            with open(folder / f"out{number}", "w") as out, open(folder / f"err{number}", "w") as err:
+            with (
+                open(folder / f"out{number}", "w") as out,
+                open(folder / f"err{number}", "w") as err,
+            ):
                 launcher = subprocess.Popen(
                     [*map(str, command)],
                     stdin=subprocess.DEVNULL,
@@ -181,7 +184,7 @@ def two_machines():
 
 
 def forked(*runs):
-    """The command that starts runs, each a list of its processes as forked.py wants to know them."""
+    """The command that starts runs, each a list of its processes in forked.py's terms."""
     whole = [[dict(environment={}, errors=None) | process for process in run] for run in runs]
     return [sys.executable, FORKED, json.dumps(whole, default=str)]
 
@@ -192,8 +195,7 @@ def flags(folder, shards, settings=SMALL, **more):
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that starts a run in the test's folder; whatever of it is left at the test's end is
-    ended."""
+    """A function that starts a run in the test's folder; what is left of it is ended at last."""
     runs = []
 
     def started(commands, **environment):
@@ -348,7 +350,9 @@ def sent(monkeypatch):
 
     def collective(name):
         def call(*args, async_op=False, **kwargs):
-            events.append((name, args[0].nbytes, *args[1:2]) if name == "reduce" else (name, args[0].nbytes))
+            events.append(
+                (name, args[0].nbytes, *args[1:2]) if name == "reduce" else (name, args[0].nbytes)
+            )
             return SimpleNamespace(wait=lambda: events.append(("wait", 0)))
 
         return call
@@ -527,9 +531,8 @@ def refused(shards, tmp_path_factory):
 
 @pytest.mark.parametrize("difference", REFUSED)
 def test_another_start_on_one_machine_is_refused_by_all(refused, difference):
-    """Another setting, script, size of a shard; and a shard that is missing, though the run could do
-    without: tokens repeat. All end before anything is trained, with the same line on both machines.
-    """
+    """Before anything is trained, with the same line on both machines. A shard that is missing is
+    such a difference, too, though the run could do without: tokens repeat."""
     codes, said = refused
     here, there = said[difference]
     assert codes[difference] == [2, 2]
