@@ -1,5 +1,5 @@
-"""The loop: warm-up without a trace, the same losses from the same seed, the clock, and a whole run,
-from text to a sample. Several processes are the matter of test_distributed.py."""
+"""The loop: warm-up without a trace, the same losses from the same seed, the clock, and a whole
+run, from text to a sample. Several processes are the matter of test_distributed.py."""
 
 import copy
 import os
@@ -58,19 +58,10 @@ def shards(tmp_path_factory):
             f"This is text number {index}. "
             + "It says the same again and again. " * (15 + index % 7)
         )
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / "data" / "local_text.py",
-            folder / "texts",
-            "--out",
-            folder / "shards",
-        ],
-        check=True,
-    )
-    return dict(
-        train_files=folder / "shards" / "train_*.bin", val_files=folder / "shards" / "val_*.bin"
-    )
+    script = ROOT / "data" / "local_text.py"
+    made = folder / "shards"
+    subprocess.run([sys.executable, script, folder / "texts", "--out", made], check=True)
+    return dict(train_files=made / "train_*.bin", val_files=made / "val_*.bin")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,9 +140,8 @@ def run(shards, tmp_path, monkeypatch, capsys):
     def train(**settings):
         name = f"run{len(calls)}"
         calls.append(name)
-        code = train_gpt.main(
-            as_flags(**SMALL | shards | dict(log_dir=tmp_path, run_id=name, sample=0) | settings)
-        )
+        place = dict(log_dir=tmp_path, run_id=name, sample=0)
+        code = train_gpt.main(as_flags(**SMALL | shards | place | settings))
         assert code == 0, capsys.readouterr().err
         return body((tmp_path / f"{name}.txt").read_text())
 
@@ -164,6 +154,10 @@ RULE = re.compile("^={20,}$", re.MULTILINE)
 def body(log):
     """The lines after the settings, which two lines of equal signs enclose."""
     return RULE.split(log)[-1].strip("\n").splitlines()
+
+
+def step_lines(lines):
+    return [line for line in lines if line.startswith("step:")]
 
 
 def losses(lines):
@@ -231,11 +225,9 @@ def test_clock_stands_still_while_validating(run, monkeypatch):
 
 def test_log_counts_the_passes_over_the_tokens(run, shards):
     """Six steps of two sequences of 256 tokens."""
-    size = (
-        sum(path.stat().st_size - 1024 for path in shards["train_files"].parent.glob("train_*.bin"))
-        // 2
-    )
-    assert any(f"{6 * 2 * 256 / size:.2f}" in line and "pass" in line for line in run())
+    files = shards["train_files"].parent.glob("train_*.bin")
+    size = sum(path.stat().st_size - 1024 for path in files) // 2
+    assert f"passes over the training tokens: {6 * 2 * 256 / size:.2f}," in "\n".join(run())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,13 +236,8 @@ def test_log_counts_the_passes_over_the_tokens(run, shards):
 
 def start(command, **environment):
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") | environment
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -258,23 +245,20 @@ def whole_run(shards, tmp_path_factory):
     """A run through the command line: what it printed, and its log."""
     folder = tmp_path_factory.mktemp("logs")
     source = SCRIPT.read_text()
-    result = start(
-        [SCRIPT, *as_flags(**SMALL | shards | dict(log_dir=folder, run_id="whole", sample=40))]
-    )
+    place = dict(log_dir=folder, run_id="whole", sample=40)
+    result = start([SCRIPT, *as_flags(**SMALL | shards | place)])
     return result, (folder / "whole.txt").read_text(), source
 
 
 def test_whole_run_succeeds_and_prints_plain_lines(whole_run):
     result, log, _ = whole_run
     assert result.returncode == 0, result.stderr
-    assert (
-        "\r" not in result.stdout and "\x1b" not in result.stdout and not result.stderr
-    )  # no bar where there is no terminal
-    printed, logged = (
-        [line for line in lines if line.startswith("step:")]
-        for lines in (result.stdout.splitlines(), body(log))
-    )
-    assert printed == logged and len(logged) == 10
+    assert not set("\r\x1b") & set(result.stdout)  # no bar where there is no terminal
+    assert not result.stderr
+    printed = result.stdout.splitlines()
+    logged = body(log)
+    assert step_lines(printed) == step_lines(logged)
+    assert len(step_lines(logged)) == 10
 
 
 def test_log_begins_with_the_source_and_every_setting(whole_run):
@@ -285,11 +269,11 @@ def test_log_begins_with_the_source_and_every_setting(whole_run):
         assert f"{name}: {value}\n" in settings
     for name in train_gpt.Hyperparameters.__dataclass_fields__:
         assert f"\n{name}: " in settings
-    assert (
-        torch.__version__ in settings and sys.version.split()[0] in settings and "CPU" in settings
-    )
+    for fact in (torch.__version__, sys.version.split()[0], "CPU"):
+        assert fact in settings
 
 
+# Further fields may follow.
 STEP = re.compile(r"step:(\d+)/6 train_time:\d+ms step_avg:\d+\.\d+ms( \w+:\S+)*")
 VALIDATION = re.compile(
     r"step:(\d+)/6 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms( \w+:\S+)*"
@@ -299,35 +283,17 @@ PEAK = re.compile(r"peak memory allocated: \d+ MiB reserved: \d+ MiB")
 
 def test_log_lines_have_the_public_form_and_order(whole_run):
     lines = body(whole_run[1])
-    steps = [
-        ("val" if VALIDATION.fullmatch(line) else "step", int(line.split(":")[1].split("/")[0]))
-        for line in lines
-        if line.startswith("step:")
-    ]
-    assert steps == [
-        ("val", 0),
-        ("step", 1),
-        ("step", 2),
-        ("val", 2),
-        ("step", 3),
-        ("step", 4),
-        ("val", 4),
-        ("step", 5),
-        ("step", 6),
-        ("val", 6),
-    ]
-    assert all(
-        STEP.fullmatch(line) or VALIDATION.fullmatch(line)
-        for line in lines
-        if line.startswith("step:")
-    )
-    last_step = max(i for i, line in enumerate(lines) if line.startswith("step:"))
-    peaks = [i for i, line in enumerate(lines) if PEAK.fullmatch(line)]
-    assert len(peaks) == 1 and peaks[0] > last_step
-    times = [
-        int(re.search(r"train_time:(\d+)ms", line)[1]) for line in lines if line.startswith("step:")
-    ]
+    expected = [(VALIDATION, 0)]
+    for step in range(1, 7):
+        expected.append((STEP, step))
+        if step % 2 == 0:
+            expected.append((VALIDATION, step))
+    for line, (form, step) in zip(step_lines(lines), expected, strict=True):
+        assert int(form.fullmatch(line)[1]) == step
+    times = [int(re.search(r"train_time:(\d+)ms", line)[1]) for line in step_lines(lines)]
     assert times == sorted(times)
+    (peak,) = [index for index, line in enumerate(lines) if PEAK.fullmatch(line)]
+    assert peak > lines.index(step_lines(lines)[-1])
 
 
 def test_run_ends_with_a_sample(whole_run):
