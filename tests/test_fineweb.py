@@ -182,13 +182,9 @@ class Hub:
                 return self.reply(handler, 416, Content_Range=f"bytes */{len(body)}")
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         rest = body[start:]
-        send = (
-            rest[: len(rest) // 2]
-            if fault in ("cut", "short")
-            else rest[: fineweb.CHUNK * 3 // 2]
-            if fault in ("hang", "pause")
-            else rest
-        )
+        sizes = dict.fromkeys(("cut", "short"), len(rest) // 2)
+        sizes |= dict.fromkeys(("hang", "pause"), fineweb.CHUNK * 3 // 2)
+        send = rest[: sizes.get(fault, len(rest))]
         if fault == "short" and asked:
             headers["Content-Range"] = f"bytes {start}-{start + len(send) - 1}/{start + len(send)}"
         handler.send_response(206 if headers else 200)
@@ -212,6 +208,15 @@ class Hub:
             handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment without the variables of the client and of proxies."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING")) and not name.lower().endswith("_proxy")
+    }
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub of three training shards and one for validation, to which the client is pointed.
@@ -222,11 +227,7 @@ def hub(tmp_path, monkeypatch):
     for number in range(1, 4):
         hub.files[f"fineweb_train_{number:06d}.bin"] = shard_bytes(number, 40_000 + number)
     hub.files["fineweb_val_000000.bin"] = shard_bytes(0, 10_001)
-    for name in [
-        name
-        for name in os.environ
-        if name.startswith(("HF_", "HUGGING")) or name.lower().endswith("_proxy")
-    ]:
+    for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -260,11 +261,7 @@ def run(hub, tmp_path, monkeypatch, capsys):
         code = fineweb.main()
         out, err = capsys.readouterr()
         if code:
-            assert (
-                "Traceback" not in err
-                and err.startswith("cached_fineweb10B.py: ")
-                and err.count("\n") == 1
-            ), err
+            assert err.startswith("cached_fineweb10B.py: ") and err.count("\n") == 1, err
         return code, out, err
 
     return call
@@ -285,19 +282,13 @@ def first(hub: Hub, count: int) -> dict[str, bytes]:
 
 def process(hub: Hub, folder: Path, *arguments, **environment) -> subprocess.Popen:
     """The script as a process of its own, pointed at the hub by the environment alone."""
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HF_", "HUGGING")) and not name.lower().endswith("_proxy")
-    }
+    here = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "HF_HOME": f"{folder.parent}/home"}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), "--out", str(folder), *map(str, arguments)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=clean
-        | {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "HF_HOME": str(folder.parent / "home")}
-        | environment,
+        env=clean_environment() | here | environment,
     )
 
 
@@ -316,9 +307,8 @@ def test_a_run_fetches_what_was_asked_for_and_the_next_one_nothing(hub, run, tmp
 
     asked = len(hub.requests)
     code, out, err = run(2)
-    assert (
-        code == 0 and "already" in out and len(hub.requests) == asked
-    )  # not even the listing: the hub may be out of reach
+    assert code == 0 and "already" in out
+    assert len(hub.requests) == asked  # not even for the listing: the hub may be out of reach
 
     code, out, err = run()
     assert code == 0 and have(tmp_path / "shards") == hub.files
@@ -350,14 +340,10 @@ def test_the_token_goes_to_the_hub_and_no_further(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     assert run(1)[0] == 0
     tokens = {
-        role: {
-            headers.get("authorization", headers.get("Authorization"))
-            for where, _, headers in hub.requests
-            if where == role
-        }
-        for role in ("hub", "store")
+        (role, headers.get("authorization", headers.get("Authorization")))
+        for role, _, headers in hub.requests
     }
-    assert tokens == {"hub": {"Bearer hf_of_nobody"}, "store": {None}}
+    assert tokens == {("hub", "Bearer hf_of_nobody"), ("store", None)}
 
 
 def test_two_runs_at_once_share_the_work(hub, tmp_path):
@@ -379,15 +365,14 @@ def test_two_runs_at_once_share_the_work(hub, tmp_path):
 
 
 def test_a_killed_run_continues_where_it_stopped(hub, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK", chunk := 1 << 20)  # the process has its own, of that size
+    chunk = 1 << 20  # the size that the script has in the process
+    monkeypatch.setattr(fineweb, "CHUNK", chunk)
     name = "fineweb_train_000001.bin"
     hub.files[name] = shard_bytes(1, 2_000_000)
     hub.faults[name] = ["hang"]
     killed = process(hub, tmp_path / "shards", 1, HF_TOKEN="hf_of_nobody")
     assert hub.hung.wait(30)
-    (part,) = (
-        path for path in wait_for(lambda: list((tmp_path / "shards").glob(f"{name}.*.part")))
-    )
+    (part,) = wait_for(lambda: list((tmp_path / "shards").glob(f"{name}.*.part")))
     wait_for(lambda: part.stat().st_size >= chunk)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=30)
@@ -566,12 +551,9 @@ def test_a_server_that_dies_in_the_middle(hub, run, tmp_path):
         : 3 * fineweb.CHUNK
     ]
     code, out, err = run(1)
-    assert (
-        code == 2
-        and "cannot reach" in err
-        and have(tmp_path / "shards").keys() - first(hub, 0).keys()
-        == {path.name for path in (tmp_path / "shards").glob("*.part")}
-    )
+    assert code == 2 and "cannot reach" in err
+    parts = {path.name for path in (tmp_path / "shards").glob("*.part")}
+    assert have(tmp_path / "shards").keys() - first(hub, 0).keys() == parts
 
 
 def test_offline_is_said(hub, run, monkeypatch):
@@ -624,11 +606,8 @@ def test_a_disk_that_fills_on_the_way(hub, run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fineweb.MeteredFile, "write", full)
     code, out, err = run(2)
-    assert (
-        code == 2
-        and "No space left" in err
-        and not [name for name in have(tmp_path / "shards") if name.endswith(".bin")]
-    )
+    assert code == 2 and "No space left" in err
+    assert not list((tmp_path / "shards").glob("*.bin"))
 
 
 def test_a_folder_that_cannot_be_made(hub, run, tmp_path):

@@ -35,11 +35,12 @@ def documents_of(out: Path, split: str, boundary: int = 256) -> list[bytes]:
     """The documents of a split of byte tokens."""
     tokens = tokens_of(out, split)
     assert not len(tokens) or tokens[0] == boundary
-    return [
-        document.astype(np.uint8).tobytes()
-        for document in np.split(tokens, np.flatnonzero(tokens == boundary))[1:]
-        for document in [document[1:]]
-    ]
+    pieces = np.split(tokens, np.flatnonzero(tokens == boundary))[1:]
+    return [piece[1:].astype(np.uint8).tobytes() for piece in pieces]
+
+
+def all_documents(out: Path) -> list[bytes]:
+    return sorted(documents_of(out, "train") + documents_of(out, "val"))
 
 
 def shards_of(out: Path) -> dict[str, bytes]:
@@ -140,9 +141,7 @@ def test_the_same_text_gives_the_same_bytes_and_the_seed_another_order(tmp_path)
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
         make_shards([str(tmp_path / "in")], tmp_path / name, seed=seed, shard_tokens=500)
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") != shards_of(tmp_path / "c")
-    assert sorted(
-        documents_of(tmp_path / "a", "train") + documents_of(tmp_path / "a", "val")
-    ) == sorted(documents_of(tmp_path / "c", "train") + documents_of(tmp_path / "c", "val"))
+    assert all_documents(tmp_path / "a") == all_documents(tmp_path / "c")
 
 
 @pytest.mark.parametrize("length", [1, 2, 1023, 1024, 1025])
@@ -180,26 +179,15 @@ def test_every_way_in_gives_the_same_documents(tmp_path, monkeypatch):
         b"\n" + lines[:-1]
     )  # an empty line, and none that ends the last
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(lines)))
-    ways = {
-        "folder": {},
-        "packed": {},
-        "folder/**/*.txt": {},
-        "fol*": {},
-        "lines.jsonl": {},
-        "lines.jsonl.gz": {},
-        "lines.txt": {"jsonl": True},
-        "-": {"jsonl": True},
-    }
+    paths = ["folder", "packed", "folder/**/*.txt", "fol*", "lines.jsonl", "lines.jsonl.gz"]
+    ways = [(str(tmp_path / path), False) for path in paths]
+    ways += [(str(tmp_path / "lines.txt"), True), ("-", True)]
     made = []
-    for number, (path, options) in enumerate(ways.items()):
-        make_shards(
-            [path if path == "-" else str(tmp_path / path)], tmp_path / f"out{number}", **options
-        )
+    for number, (path, jsonl) in enumerate(ways):
+        make_shards([path], tmp_path / f"out{number}", jsonl=jsonl)
         made.append(shards_of(tmp_path / f"out{number}"))
     assert all(shards == made[0] for shards in made)
-    assert len(
-        documents_of(tmp_path / "out0", "train") + documents_of(tmp_path / "out0", "val")
-    ) == len(documents)
+    assert len(all_documents(tmp_path / "out0")) == len(documents)
 
 
 def test_standard_input_is_one_document(tmp_path):
@@ -245,12 +233,9 @@ def test_no_path_is_this_pythons_library(tmp_path, monkeypatch):
 
 def test_its_own_shards_are_no_input(tmp_path):
     write_files(tmp_path, ["some words"])
-    assert make_shards([str(tmp_path)], tmp_path / "out").endswith(
-        "0 file(s) left out that are not UTF-8 text"
-    )
-    assert make_shards([str(tmp_path)], tmp_path / "out").endswith(
-        "0 file(s) left out that are not UTF-8 text"
-    )
+    for _ in range(2):
+        line = make_shards([str(tmp_path)], tmp_path / "out")
+        assert line.endswith("0 file(s) left out that are not UTF-8 text")
 
 
 # -----------------------------------------------------------------------------
@@ -271,9 +256,7 @@ def test_what_is_not_text_is_left_out_and_counted(tmp_path, monkeypatch):
     (folder / "0005a.txt").write_bytes(b"")  # empty: no text, but nothing wrong with it either
     line = make_shards([str(folder)], tmp_path / "out")
     assert line.startswith("30 documents") and "5 file(s) left out that are not UTF-8 text" in line
-    assert sorted(
-        documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
-    ) == sorted(map(str.encode, good))
+    assert all_documents(tmp_path / "out") == sorted(map(str.encode, good))
 
 
 def test_a_damaged_gz_of_lines_keeps_the_lines_before(tmp_path):
@@ -285,7 +268,7 @@ def test_a_damaged_gz_of_lines_keeps_the_lines_before(tmp_path):
     )
     (tmp_path / "lines.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     line = make_shards([str(tmp_path / "lines.jsonl.gz")], tmp_path / "out")
-    documents = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
+    documents = all_documents(tmp_path / "out")
     assert "1 line(s) that are not JSON" in line and 1000 < len(documents) < 5000
     assert all(
         document.decode() == f"{number} {random.Random(number).random()}"
@@ -317,9 +300,7 @@ def test_broken_lines_of_json_are_left_out_and_counted(tmp_path, monkeypatch):
     (tmp_path / "lines.jsonl").write_bytes(b"\r\n".join(lines))
     line = make_shards([str(tmp_path / "lines.jsonl")], tmp_path / "out", val_fraction=0.5)
     assert "12 line(s) that are not JSON with a text" in line
-    assert sorted(
-        documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
-    ) == [b"good", b"good too"]
+    assert all_documents(tmp_path / "out") == [b"good", b"good too"]
 
 
 # -----------------------------------------------------------------------------
@@ -493,6 +474,34 @@ def test_what_cannot_work_is_one_sentence(tmp_path, monkeypatch, capsys, argumen
     out, err = capsys.readouterr()
     assert not out and err.startswith("local_text.py: ") and err.count("\n") == 1 and words in err
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.part"))
+
+
+def test_missing_path_as_a_person_meets_it(tmp_path):
+    command = [sys.executable, ROOT / "data" / "local_text.py", tmp_path / "nowhere.txt"]
+    result = subprocess.run([*command, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.count("\n") == 1 and "nowhere.txt" in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x00"])
+def test_no_text_at_all_leaves_earlier_shards_alone(tmp_path, content):
+    write_files(tmp_path / "in", ["some words"])
+    make_shards([str(tmp_path / "in")], tmp_path / "out")
+    before = shards_of(tmp_path / "out")
+    (tmp_path / "none").write_bytes(content)
+    with pytest.raises(train_gpt.UserError, match="too little UTF-8 text"):
+        make_shards([str(tmp_path / "none")], tmp_path / "out")
+    assert shards_of(tmp_path / "out") == before
+
+
+def test_documents_count_for_the_split_and_not_files(tmp_path):
+    """One document among many files that are no text gives its last part to validation."""
+    write_files(tmp_path / "in", ["The only text here. " * 100])
+    for number in range(30):
+        (tmp_path / "in" / f"{number}.bin").write_bytes(b"\xff\xfe\x00" * 50)
+    make_shards([str(tmp_path / "in")], tmp_path / "out")
+    head, tail = (documents_of(tmp_path / "out", split)[0] for split in ("train", "val"))
+    assert head + tail == b"The only text here. " * 100
 
 
 def test_a_full_disk_and_control_c_are_one_line(tmp_path, monkeypatch, capsys):

@@ -84,7 +84,7 @@ def fp8_mm_backward(grad, x, w, x_s, w_s, grad_s):
 
 
 def newton_schulz(G, steps):
-    """One matrix, of Frobenius norm 1 at first: X <- a X + b (X X^T) X + c (X X^T)^2 X, repeated."""
+    """Repeat X <- a X + b (X X^T) X + c (X X^T)^2 X for one matrix, scaled to norm 1 at first."""
     X = G.double() / (torch.linalg.matrix_norm(G.double()) + 1e-7)
     for _ in range(steps):
         XXt = X @ X.T
