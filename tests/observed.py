@@ -1,9 +1,16 @@
-"""train_gpt.py under observation: each process writes down what it did with all digits, and one may meet with an accident.
+"""train_gpt.py under observation: each process writes down what it did with all digits, and one may
+meet with an accident.
 
-RECORD: the folder for the record of process N, N.json. ACCIDENT: what happens to process 1 in its fourth step, in the middle
-of a collective: `kill`, `stop`, `hang` (the process lives, its work does not go on) or `fail` (an error of its own)."""
+RECORD: the folder for the record of process N, N.json. The network then starts from projections
+that are drawn at random: while they are zero, some gradients are rounding errors, which Adam turns
+into full steps, so that two runs that differ in rounding alone differ visibly.
+
+ACCIDENT: what happens to process 1 in its fourth step, in the middle of a collective: `kill`,
+`stop`, `hang` (the process lives, its work does not go on), or `fail` (an error of its own).
+"""
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -12,13 +19,14 @@ import time
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import torch
 import torch.distributed as dist
 
-import train_gpt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+train_gpt = importlib.import_module("train_gpt")
 
-RANK, RECORD = int(os.environ.get("RANK", 0)), os.environ.get("RECORD")
+RANK = int(os.environ.get("RANK", 0))
+RECORD = os.environ.get("RECORD")
 seen = dict(sequences=[], losses=[], validations=[])
 networks = []
 
@@ -31,6 +39,7 @@ def around(owner, name, see):
         result = function(*args, **kwargs)
         see(result, *args)
         return result
+
     setattr(owner, name, observed)
 
 
@@ -41,43 +50,66 @@ def weights(network) -> str:
     return digest.hexdigest()
 
 
+def draw_projections(network) -> None:
+    """The same for every number of processes."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in network.named_parameters():
+        if "c_proj" in name or "lm_head" in name:
+            std = 0.5 * p.size(-1) ** -0.5
+            p.data.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
 def built(network, *_):
+    draw_projections(network)
     networks.append(network)
     seen["initial weights"] = weights(network)
 
 
-def observe():
-    around(train_gpt, "build_model", built)
-    around(train_gpt, "warm_up", lambda *_: seen["losses"].clear())
-    around(train_gpt.DistributedDataLoader, "next_batch", lambda batch, loader: seen["sequences"].append(
-        zlib.crc32(batch[0].numpy().tobytes() + batch[1].numpy().tobytes())))
-    around(train_gpt, "training_step", lambda result, *_: seen["losses"].append(result[0].item()))
-    around(train_gpt, "validate", lambda loss, *_: seen["validations"].append(loss))
+def taken(batch, *_):
+    content = b"".join(t.numpy().tobytes() for t in batch)
+    seen["sequences"].append(zlib.crc32(content))
+
+
+def stepped(_, log, step, loss_and_stops):
+    seen["losses"].append(loss_and_stops[0].item())
+
+
+def validated(loss, *_):
+    seen["validations"].append(loss)
 
 
 def suffer(what: str):
     armed = []
-    around(train_gpt, "set_schedule", lambda window, optimizers, step, *_: armed.append(step) if step == 3 else None)
+
+    def arm(window, optimizers, step, *_):
+        if step == 3:
+            armed.append(step)
 
     def accident(*_):
-        if armed and what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif armed and what == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        elif armed and what == "hang":
+        if not armed:
+            return
+        if what == "hang":
             time.sleep(3600)
-        elif armed:
+        elif what == "fail":
             raise ValueError("an accident")
+        else:
+            os.kill(os.getpid(), dict(kill=signal.SIGKILL, stop=signal.SIGSTOP)[what])
+
+    around(train_gpt, "set_schedule", arm)
     around(dist, "all_reduce", accident)
 
 
 if __name__ == "__main__":
     if RECORD:
-        observe()
+        around(train_gpt, "build_model", built)
+        around(train_gpt.DistributedDataLoader, "next_batch", taken)
+        around(train_gpt.Log, "step", stepped)
+        around(train_gpt, "validate", validated)
     if RANK == 1 and os.environ.get("ACCIDENT"):
         suffer(os.environ["ACCIDENT"])
     code = train_gpt.main()
     if RECORD:
-        seen["final weights"], seen["group is left"] = weights(networks[0]), dist.is_initialized()
+        seen["final weights"] = weights(networks[0])
+        seen["group is left"] = dist.is_initialized()
         Path(RECORD, f"{RANK}.json").write_text(json.dumps(seen))
     sys.exit(code)

@@ -1,5 +1,5 @@
-"""The loop: warm-up without a trace, the same losses from the same seed, the clock, and whole runs, alone and as two
-processes, from text to a sample."""
+"""The loop: warm-up without a trace, the same losses from the same seed, the clock, and a whole
+run, from text to a sample. Several processes are the matter of test_distributed.py."""
 
 import copy
 import os
@@ -10,23 +10,40 @@ import time
 
 import pytest
 import torch
-import train_gpt
 from conftest import ROOT
+
+import train_gpt
 
 SCRIPT = ROOT / "train_gpt.py"
 CPU = train_gpt.Machine(torch.device("cpu"), "a test", torch.float32)
 VOCAB = 257
 
 # A run of a few tenths of a second.
-SMALL = dict(train_seq_len=256, val_seq_len=384, seqs_per_step=2, num_layers=6, num_heads=2, head_dim=16, model_dim=32,
-             attention_free_layers=(4,), num_iterations=6, val_tokens=900, val_loss_every=2, max_window=256, dtype="float32",
-             repeat=True)
+SMALL = dict(
+    train_seq_len=256,
+    val_seq_len=384,
+    seqs_per_step=2,
+    num_layers=6,
+    num_heads=2,
+    head_dim=16,
+    model_dim=32,
+    attention_free_layers=(4,),
+    num_iterations=6,
+    val_tokens=900,
+    val_loss_every=2,
+    max_window=256,
+    dtype="float32",
+    repeat=True,
+)
 
 
 def as_flags(**settings):
     flags = ["--preset", "tiny"]
     for name, value in settings.items():
-        flags += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        flags += [
+            f"--{name}",
+            ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
+        ]
     return flags
 
 
@@ -37,21 +54,32 @@ def shards(tmp_path_factory):
     for index in range(40):
         path = folder / "texts" / f"{index}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"This is text number {index}. " + "It says the same again and again. " * (15 + index % 7))
-    subprocess.run([sys.executable, ROOT / "data" / "local_text.py", folder / "texts", "--out", folder / "shards"], check=True)
-    return dict(train_files=folder / "shards" / "train_*.bin", val_files=folder / "shards" / "val_*.bin")
+        path.write_text(
+            f"This is text number {index}. "
+            + "It says the same again and again. " * (15 + index % 7)
+        )
+    script = ROOT / "data" / "local_text.py"
+    made = folder / "shards"
+    subprocess.run([sys.executable, script, folder / "texts", "--out", made], check=True)
+    return dict(train_files=made / "train_*.bin", val_files=made / "val_*.bin")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Warm-up
 
 
 def snapshot(model, optimizers):
     """All that a run goes on from."""
-    return copy.deepcopy(dict(
-        weights=model.state_dict(), grads=[p.grad for p in model.parameters()], training=[m.training for m in model.modules()],
-        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-        lr_mul=[getattr(p, "lr_mul", None) for p in model.parameters()], random=torch.get_rng_state()))
+    return copy.deepcopy(
+        dict(
+            weights=model.state_dict(),
+            grads=[p.grad for p in model.parameters()],
+            training=[m.training for m in model.modules()],
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            lr_mul=[getattr(p, "lr_mul", None) for p in model.parameters()],
+            random=torch.get_rng_state(),
+        )
+    )
 
 
 def assert_identical(a, b, where="state"):
@@ -65,7 +93,7 @@ def assert_identical(a, b, where="state"):
             assert_identical(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b)):
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_identical(x, y, f"{where}[{index}]")
     else:
         assert a == b, where
@@ -78,7 +106,7 @@ def test_warm_up_leaves_no_trace(dtype):
     optimizers = train_gpt.build_optimizers(model, hp, CPU)
     weights = [p.data_ptr() for p in model.parameters()]
     before = snapshot(model, optimizers)
-    train_gpt.warm_up(model, optimizers, hp, VOCAB, train_gpt.GradientReducer(model, optimizers, CPU))
+    train_gpt.warm_up(model, model, optimizers, hp, CPU)
     assert_identical(before, snapshot(model, optimizers))
     assert weights == [p.data_ptr() for p in model.parameters()]  # compiled code has hold of these
     assert not any(optimizer.state for optimizer in optimizers)
@@ -92,28 +120,31 @@ def test_warm_up_keeps_what_the_optimizers_remember():
     ids = torch.arange(256, dtype=torch.int32)
     window = train_gpt.set_schedule(optimizers, 3, hp, CPU)
     for _ in range(2):
-        train_gpt.training_step(model, optimizers, [(ids, ids.long())], window, 1, train_gpt.GradientReducer(model, optimizers, CPU))
+        train_gpt.training_step(model, optimizers, [(ids, ids.long())], window, 1, CPU)
     before = snapshot(model, optimizers)
-    train_gpt.warm_up(model, optimizers, hp, VOCAB, train_gpt.GradientReducer(model, optimizers, CPU))
+    train_gpt.warm_up(model, model, optimizers, hp, CPU)
     assert_identical(before, snapshot(model, optimizers))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs in this process
 
 
 @pytest.fixture
 def run(shards, tmp_path, monkeypatch, capsys):
-    """A function that trains with the small settings and some others: the log's lines after the settings."""
+    """A function that trains with the small settings and some others, and returns the lines of the
+    log that follow the settings."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     calls = []
 
     def train(**settings):
         name = f"run{len(calls)}"
         calls.append(name)
-        code = train_gpt.main(as_flags(**SMALL | shards | dict(log_dir=tmp_path, run_id=name, sample=0) | settings))
+        place = dict(log_dir=tmp_path, run_id=name, sample=0)
+        code = train_gpt.main(as_flags(**SMALL | shards | place | settings))
         assert code == 0, capsys.readouterr().err
         return body((tmp_path / f"{name}.txt").read_text())
+
     return train
 
 
@@ -123,6 +154,10 @@ RULE = re.compile("^={20,}$", re.MULTILINE)
 def body(log):
     """The lines after the settings, which two lines of equal signs enclose."""
     return RULE.split(log)[-1].strip("\n").splitlines()
+
+
+def step_lines(lines):
+    return [line for line in lines if line.startswith("step:")]
 
 
 def losses(lines):
@@ -153,7 +188,10 @@ def test_training_lowers_the_loss(run):
     assert validated == sorted(validated, reverse=True) and validated[-1] < validated[0] - 1
 
 
-@pytest.mark.parametrize("every, steps", [(0, [6]), (1, list(range(7))), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (100, [0, 6])])
+@pytest.mark.parametrize(
+    "every, steps",
+    [(0, [6]), (1, list(range(7))), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (100, [0, 6])],
+)
 def test_steps_that_are_validated(every, steps, run):
     found = losses(run(val_loss_every=every))
     assert [step for kind, step in found if kind == "val_loss"] == steps
@@ -161,7 +199,7 @@ def test_steps_that_are_validated(every, steps, run):
 
 
 def test_clock_stands_still_while_validating(run, monkeypatch):
-    """A validation that takes an hour, by a clock that nothing else moves but a step: one second."""
+    """A validation takes an hour, and a step a second, by a clock that nothing else moves."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -171,6 +209,7 @@ def test_clock_stands_still_while_validating(run, monkeypatch):
         def slow(*args):
             now[0] += seconds
             return function(*args)
+
         monkeypatch.setattr(train_gpt, name, slow)
 
     takes("validate", 3600)
@@ -186,17 +225,19 @@ def test_clock_stands_still_while_validating(run, monkeypatch):
 
 def test_log_counts_the_passes_over_the_tokens(run, shards):
     """Six steps of two sequences of 256 tokens."""
-    size = sum(path.stat().st_size - 1024 for path in shards["train_files"].parent.glob("train_*.bin")) // 2
-    assert any(f"{6 * 2 * 256 / size:.2f}" in line and "pass" in line for line in run())
+    files = shards["train_files"].parent.glob("train_*.bin")
+    size = sum(path.stat().st_size - 1024 for path in files) // 2
+    assert f"passes over the training tokens: {6 * 2 * 256 / size:.2f}," in "\n".join(run())
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole runs, as a person starts them
 
 
 def start(command, **environment):
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") | environment
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -204,46 +245,55 @@ def whole_run(shards, tmp_path_factory):
     """A run through the command line: what it printed, and its log."""
     folder = tmp_path_factory.mktemp("logs")
     source = SCRIPT.read_text()
-    result = start([SCRIPT, *as_flags(**SMALL | shards | dict(log_dir=folder, run_id="whole", sample=40))])
+    place = dict(log_dir=folder, run_id="whole", sample=40)
+    result = start([SCRIPT, *as_flags(**SMALL | shards | place)])
     return result, (folder / "whole.txt").read_text(), source
 
 
 def test_whole_run_succeeds_and_prints_plain_lines(whole_run):
     result, log, _ = whole_run
     assert result.returncode == 0, result.stderr
-    assert "\r" not in result.stdout and "\x1b" not in result.stdout and not result.stderr  # no bar where there is no terminal
-    printed, logged = ([line for line in lines if line.startswith("step:")] for lines in (result.stdout.splitlines(), body(log)))
-    assert printed == logged and len(logged) == 10
+    assert not set("\r\x1b") & set(result.stdout)  # no bar where there is no terminal
+    assert not result.stderr
+    printed = result.stdout.splitlines()
+    logged = body(log)
+    assert step_lines(printed) == step_lines(logged)
+    assert len(step_lines(logged)) == 10
 
 
 def test_log_begins_with_the_source_and_every_setting(whole_run):
     _, log, source = whole_run
     assert log.startswith(source)
-    settings = RULE.split(log[len(source):])[1]
+    settings = RULE.split(log[len(source) :])[1]
     for name, value in SMALL.items():
         assert f"{name}: {value}\n" in settings
     for name in train_gpt.Hyperparameters.__dataclass_fields__:
         assert f"\n{name}: " in settings
-    assert torch.__version__ in settings and sys.version.split()[0] in settings and "CPU" in settings
+    for fact in (torch.__version__, sys.version.split()[0], "CPU"):
+        assert fact in settings
 
 
+# Further fields may follow.
 STEP = re.compile(r"step:(\d+)/6 train_time:\d+ms step_avg:\d+\.\d+ms( \w+:\S+)*")
-VALIDATION = re.compile(r"step:(\d+)/6 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms( \w+:\S+)*")
+VALIDATION = re.compile(
+    r"step:(\d+)/6 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms( \w+:\S+)*"
+)
 PEAK = re.compile(r"peak memory allocated: \d+ MiB reserved: \d+ MiB")
 
 
 def test_log_lines_have_the_public_form_and_order(whole_run):
     lines = body(whole_run[1])
-    steps = [("val" if VALIDATION.fullmatch(line) else "step", int(line.split(":")[1].split("/")[0]))
-             for line in lines if line.startswith("step:")]
-    assert steps == [("val", 0), ("step", 1), ("step", 2), ("val", 2), ("step", 3), ("step", 4), ("val", 4),
-                     ("step", 5), ("step", 6), ("val", 6)]
-    assert all(STEP.fullmatch(line) or VALIDATION.fullmatch(line) for line in lines if line.startswith("step:"))
-    last_step = max(i for i, line in enumerate(lines) if line.startswith("step:"))
-    peaks = [i for i, line in enumerate(lines) if PEAK.fullmatch(line)]
-    assert len(peaks) == 1 and peaks[0] > last_step
-    times = [int(re.search(r"train_time:(\d+)ms", line)[1]) for line in lines if line.startswith("step:")]
+    expected = [(VALIDATION, 0)]
+    for step in range(1, 7):
+        expected.append((STEP, step))
+        if step % 2 == 0:
+            expected.append((VALIDATION, step))
+    for line, (form, step) in zip(step_lines(lines), expected, strict=True):
+        assert int(form.fullmatch(line)[1]) == step
+    times = [int(re.search(r"train_time:(\d+)ms", line)[1]) for line in step_lines(lines)]
     assert times == sorted(times)
+    (peak,) = [index for index, line in enumerate(lines) if PEAK.fullmatch(line)]
+    assert peak > lines.index(step_lines(lines)[-1])
 
 
 def test_run_ends_with_a_sample(whole_run):
@@ -252,38 +302,7 @@ def test_run_ends_with_a_sample(whole_run):
     assert result.stdout.index("sample: ") > result.stdout.index("step:6/6 val_loss")
 
 
-def test_log_without_a_sample_ends_with_the_peak_memory(run):
-    assert PEAK.fullmatch(run()[-1])
-
-
-@pytest.fixture(scope="module")
-def run_of_two(shards, tmp_path_factory):
-    """The same run, shared by two processes."""
-    folder = tmp_path_factory.mktemp("logs")
-    flags = as_flags(**SMALL | shards | dict(log_dir=folder, sample=0))
-    return start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *flags]), folder
-
-
-def test_two_processes_train_what_one_does(whole_run, run_of_two):
-    result, folder = run_of_two
-    assert result.returncode == 0, result.stderr
-    (log,) = folder.iterdir()  # one log, from the first process
-    alone, together = losses(body(whole_run[1])), losses(body(log.read_text()))
-    assert alone.keys() == together.keys() and len(alone) == 10
-    for key, loss in alone.items():
-        assert together[key] == pytest.approx(loss, abs=2e-4), key  # the logs' last digit, and one more unit of it
-
-
-def test_two_processes_print_each_line_once(run_of_two):
-    lines = [line for line in run_of_two[0].stdout.splitlines() if line.startswith("step:")]
-    assert len(lines) == len(set(lines)) == 10
-
-
-def test_processes_that_do_not_divide_a_step_end_with_one_sentence(shards, tmp_path):
-    flags = as_flags(**SMALL | shards | dict(log_dir=tmp_path / "logs", seqs_per_step=3))
-    result = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *flags])
-    assert result.returncode != 0 and not result.stdout
-    sentences = [line for line in result.stderr.splitlines() if line.startswith("train_gpt.py: ")]
-    assert len(sentences) == 1 and "2 processes" in sentences[0] and "3" in sentences[0]
-    assert 'File "' + str(SCRIPT) not in result.stderr  # torchrun's own report aside, no traceback of the script's
-    assert not (tmp_path / "logs").exists()
+def test_log_without_a_sample_ends_with_the_peak_memory_and_its_own_path(run, tmp_path):
+    *_, peak, path = run()
+    assert PEAK.fullmatch(peak)
+    assert path.startswith(f"log: {tmp_path / 'run0.txt'} ")
