@@ -6,10 +6,9 @@ full disks end a run as they should, or do not end it. Processes that are killed
 """
 
 import contextlib
-import dataclasses
 import io
-import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -17,7 +16,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import unittest.mock
@@ -28,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from forked import become
 from test_distributed import SMALL as SMALLEST
 from test_distributed import Started, machine_with_shards, torchrun
 from test_run import as_flags
@@ -187,35 +186,25 @@ def copied(whole, tmp_path):
     return copy
 
 
-def in_step(monkeypatch, step, accident):
-    """Let something happen in a step, of those of this process the first one being 1.
-
-    `accident` gets the loss, and may return another one.
-    """
+def in_step(monkeypatch, step, number=None, factor=1.0):
+    """In a step, of those of this process the first one being 1, send a signal, or spoil the loss."""
     function, calls = train_gpt.training_step, [-2]  # there are two in the warm-up
 
     def observed(*args):
         calls[0] += 1
-        loss = function(*args)
-        changed = accident(loss) if calls[0] == step else None
-        return loss if changed is None else changed
+        if calls[0] != step:
+            return function(*args)
+        if number is not None:
+            assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        return function(*args) * factor
 
     monkeypatch.setattr(train_gpt, "training_step", observed)
 
 
-def send(number):
-    """An accident: a signal to this process, received before the step is over."""
-
-    def accident(loss):
-        assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
-        os.kill(os.getpid(), number)
-        time.sleep(0.1)
-
-    return accident
-
-
 # --------------------------------------------------------------------------------------------------
-# Which are written, and when
+# Written, and resumed: the same run
 
 
 @pytest.mark.parametrize(
@@ -235,13 +224,17 @@ def test_clock_stands_still_while_saving(train, tmp_path, monkeypatch):
     """A save takes an hour, by a clock that nothing else moves but a step: by one second."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    for name, seconds in (("snapshot", 1800), ("write_checkpoint", 1800), ("training_step", 1)):
 
-        def slow(*args, function=getattr(train_gpt, name), seconds=seconds):
+    def takes(seconds, function):
+        def slow(*args):
             now[0] += seconds
             return function(*args)
 
-        monkeypatch.setattr(train_gpt, name, slow)
+        monkeypatch.setattr(train_gpt, function.__name__, slow)
+
+    takes(1800, train_gpt.snapshot)
+    takes(1800, train_gpt.write_checkpoint)
+    takes(1, train_gpt.training_step)
     train(tmp_path, save_every=1)
     assert now[0] > 12 * 3600
     found = re.findall(r"step:(\d+)/12 .*train_time:(\d+)ms", "\n".join(timed_steps(tmp_path)))
@@ -251,17 +244,17 @@ def test_clock_stands_still_while_saving(train, tmp_path, monkeypatch):
     assert " train_time:12000ms step_avg:1000.00ms train_loss" in timed_steps(tmp_path)[-2]
 
 
-# --------------------------------------------------------------------------------------------------
-# Resuming: the same run
-
-
 @pytest.mark.parametrize("step", [1, 4, 7, 11, 12])
 def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, copied):
-    """From any step on: log, checkpoints and sample. The log is only appended to."""
+    """From any step on: log, checkpoints and sample. The log is only appended to.
+
+    Without --run_id it is the checkpoint's.
+    """
     folder = copied(step)
     before = (folder / "run.txt").read_text()
     path = checkpoint(folder, step)
-    out = train(folder, resume=path, save_every=1, keep=100, sample=30)
+    run_id = "run" if step == 4 else ""
+    out = train(folder, resume=path, run_id=run_id, save_every=1, keep=100, sample=30)
     assert_same_run(folder, whole)
     assert saved_steps(folder) == list(range(step, 13))
     for later in range(step, 13):
@@ -270,6 +263,7 @@ def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, cop
     log = (folder / "run.txt").read_text()
     added = log.removeprefix(before)
     assert added.startswith(SCRIPT.read_text()) and log.startswith(before)
+    assert sorted(path.name for path in folder.iterdir()) == ["run", "run.txt"]
     assert added.count(f"\nresumed from step {step} of {path}\n") == 1
     assert added.split("\nsample: ")[2] == before.split("\nsample: ")[2]
 
@@ -299,13 +293,6 @@ def test_settings_that_do_not_shape_the_curve_may_differ(train, whole, copied, t
     assert trained == [line for line in steps(whole, after=5) if "train_loss" in line]
 
 
-def test_without_a_run_id_it_is_the_checkpoints(train, whole, copied):
-    folder = copied(6)
-    train(folder, resume=checkpoint(folder, 6), run_id="", save_every=6)
-    assert sorted(path.name for path in folder.iterdir()) == ["run", "run.txt"]
-    assert_same_run(folder, whole)
-
-
 def test_another_run_id_leaves_the_first_run_alone(train, whole, copied):
     """Its log begins with its own header; and once it is there, no other run writes into it."""
     folder = copied(6)
@@ -320,10 +307,6 @@ def test_another_run_id_leaves_the_first_run_alone(train, whole, copied):
     assert "branch.txt" in train(folder, 2, **branch)
     assert "run.txt" in train(folder, 2)
     assert content(folder) == after
-
-
-# --------------------------------------------------------------------------------------------------
-# --resume auto
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -352,9 +335,9 @@ def test_auto_takes_what_was_written_last(run_id, other, train, whole, copied):
 def test_auto_passes_over_what_is_not_whole(train, whole, copied):
     """As a run or a disk leaves it that dies; but it never begins again over such files."""
     folder = copied(5, 7, 9, 10, 11, 12)
-    for step, spoil in zip(range(12, 8, -1), SPOILED.values(), strict=True):
+    for step, spoil in zip((12, 11, 10, 9), list(SPOILED.values())[:4], strict=True):
         path = checkpoint(folder, step)
-        path.write_bytes(spoil(path.read_bytes()))
+        path.write_bytes(spoil(torch.load(path, weights_only=True)))
     (folder / "run" / "unfinished").write_bytes(bytes(999))
     out = train(folder, resume="auto", save_every=1)
     assert f"resumed from step 7 of {checkpoint(folder, 7)}\n" in out
@@ -370,7 +353,7 @@ def test_auto_passes_over_what_is_not_whole(train, whole, copied):
 def test_auto_after_a_step_back(train, whole, copied, monkeypatch):
     """A run that was resumed from an earlier checkpoint than its newest, and was stopped again."""
     folder = copied(4, 8, 12)
-    in_step(monkeypatch, 2, send(signal.SIGTERM))
+    in_step(monkeypatch, 2, signal.SIGTERM)
     train(folder, 143, resume=checkpoint(folder, 4), save_every=4)
     assert saved_steps(folder) == [4, 6]
     monkeypatch.undo()
@@ -398,10 +381,6 @@ def test_resuming_that_cannot_be_meant_is_refused(flags, train, copied):
     assert content(folder) == before
 
 
-# --------------------------------------------------------------------------------------------------
-# --eval_only
-
-
 @pytest.mark.parametrize("step", [4, 8, 12])
 @pytest.mark.parametrize(
     "flags", [dict(), dict(run_id=""), dict(log_dir="new"), dict(resume="auto")]
@@ -422,24 +401,19 @@ def test_eval_only_validates_a_checkpoint(step, flags, train, whole, copied, mon
 
 
 # --------------------------------------------------------------------------------------------------
-# What is refused
+# What is damaged, or of another run
 
 # Another value of each setting that shapes the curve.
-SHAPING = """
-train_seq_len 256 seqs_per_step 4 repeat False num_layers 8 num_heads 2 head_dim 32 model_dim 32
-attention_free_layers 1 num_iterations 13 cooldown_frac 0.5 max_window 128 embed_lr 0.16
-head_lr 0.005 scalar_lr 0.03 muon_lr 0.04 seed 1 fp8 none
-""".split()
-SHAPING = dict(zip(SHAPING[::2], SHAPING[1::2], strict=True))
+SHAPING = """train_seq_len 256, seqs_per_step 4, repeat False, num_layers 8, num_heads 2, head_dim 32,
+model_dim 32, attention_free_layers 1, num_iterations 13, cooldown_frac 0.5, max_window 128, seed 1,
+embed_lr 0.16, head_lr 0.005, scalar_lr 0.03, muon_lr 0.04, fp8 none"""
+SHAPING = dict(pair.split() for pair in SHAPING.split(","))
+FIELDS = train_gpt.Hyperparameters.__dataclass_fields__.values()
 
 
-def test_all_settings_of_the_network_and_the_training_shape_the_curve():
-    groups = {field.name: field.metadata for field in dataclasses.fields(train_gpt.Hyperparameters)}
-    shaping = [name for name in groups if groups[name]["group"] in ("network", "training")]
-    assert sorted(SHAPING) == sorted(shaping)
-
-
-@pytest.mark.parametrize("name", SHAPING)
+@pytest.mark.parametrize(
+    "name", [field.name for field in FIELDS if field.metadata["group"] in ("network", "training")]
+)
 def test_another_curve_is_refused(name, train, copied):
     """The setting is named, with both values; and nothing has been written."""
     folder = copied(5)
@@ -474,9 +448,9 @@ def test_other_data_are_refused(lengths, settings, words, train, copied, tmp_pat
         assert all(word in said for word in words)
 
 
-def newer_format(content):
+def written(state, **how):
     file = io.BytesIO()
-    torch.save(torch.load(io.BytesIO(content), weights_only=True) | dict(format=3), file)
+    torch.save(state, file, **how)
     return file.getvalue()
 
 
@@ -490,55 +464,8 @@ def altered(content):
     return content
 
 
-SPOILED = dict(
-    empty=lambda content: b"",
-    truncated=lambda content: content[:-1],
-    altered=altered,
-    newer_format=newer_format,
-)
-
-
-@pytest.mark.parametrize("spoil", SPOILED)
-def test_checkpoint_that_is_not_whole_is_refused(spoil, train, copied):
-    folder = copied(5)
-    path = checkpoint(folder, 5)
-    path.write_bytes(SPOILED[spoil](path.read_bytes()))
-    before = content(folder)
-    for mode in (dict(), dict(eval_only=True)):
-        said = train(folder, 2, resume=path, **mode)
-        assert str(path) in said and ("format 3" in said) == (spoil == "newer_format")
-    assert content(folder) == before
-
-
 def first_rows(leaf):
     return leaf[:1] if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
-
-
-STRANGE = dict(
-    list=lambda whole: [1, 2, 3],
-    tensor=lambda whole: torch.zeros(3),
-    weights=lambda whole: whole["network"],
-    smaller=lambda whole: tree_map(first_rows, whole),
-    no_step=lambda whole: whole | dict(step="five"),
-)
-
-
-@pytest.mark.parametrize(
-    "what",
-    "format step run_id ms best position curve network adam muon random".split() + [*STRANGE],
-)
-def test_what_torch_reads_and_is_no_checkpoint_of_ours_is_refused(what, train, copied, recwarn):
-    """Something else, or a checkpoint without one of its entries."""
-    folder = copied(5)
-    path = checkpoint(folder, 5)
-    state = torch.load(path, weights_only=True)
-    without = {name: value for name, value in state.items() if name != what}
-    torch.save(STRANGE[what](state) if what in STRANGE else without, path)
-    before = (folder / "run.txt").read_text()
-    for mode in (dict(), dict(eval_only=True)):
-        assert str(path) in train(folder, 2, resume=path, **mode)
-    assert (folder / "run.txt").read_text().startswith(before)
-    assert not recwarn.list  # they would be further lines on stderr
 
 
 class Runs:
@@ -546,28 +473,44 @@ class Runs:
         return os.mkdir, (os.environ["MARK"],)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
-def test_checkpoint_that_would_run_code_is_refused_and_runs_none(
-    form, wrapped, train, copied, tmp_path, monkeypatch, recwarn
+SPOILED = dict(
+    empty=lambda state: b"",
+    truncated=lambda state: written(state)[:-1],
+    altered=lambda state: altered(written(state)),
+    newer_format=lambda state: written(state | dict(format=3)),
+    list=lambda state: written([1, 2, 3]),
+    tensor=lambda state: written(torch.zeros(3)),
+    weights=lambda state: written(state["network"]),
+    smaller=lambda state: written(tree_map(first_rows, state)),
+    no_step=lambda state: written(state | dict(step="five")),
+    code=lambda state: written(Runs()),
+    code_inside=lambda state: written(state | dict(more=Runs())),
+    code_legacy=lambda state: written(Runs(), _use_new_zipfile_serialization=False),
+    code_pickle=lambda state: pickle.dumps(Runs()),
+)
+ENTRIES = "format, step, run_id, ms, best, position, curve, network, adam, muon, random".split(", ")
+
+
+@pytest.mark.parametrize("what", [*SPOILED, *ENTRIES])
+def test_what_is_no_whole_checkpoint_of_ours_is_refused(
+    what, train, copied, tmp_path, monkeypatch, recwarn
 ):
-    path, mark = checkpoint(copied(5), 5), tmp_path / "mark"
+    """Or lacks one of its entries. Nothing that is in it is run, and the log is only appended to."""
+    folder = copied(5)
+    path, mark = checkpoint(folder, 5), tmp_path / "mark"
     monkeypatch.setenv("MARK", str(mark))
-    evil = torch.load(path, weights_only=True) | dict(extra=Runs()) if wrapped else Runs()
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(evil))
-    else:
-        torch.save(evil, path, _use_new_zipfile_serialization=form == "torch")
+    state = torch.load(path, weights_only=True)
+    without = {name: value for name, value in state.items() if name != what}
+    path.write_bytes(SPOILED[what](state) if what in SPOILED else written(without))
+    before = (folder / "run.txt").read_text()
     for mode in (dict(), dict(eval_only=True)):
-        assert str(path) in train(tmp_path / "logs", 2, resume=path, **mode)
-        assert not mark.exists()
-    assert not recwarn.list
-    pickle.loads(pickle.dumps(evil))
+        said = train(folder, 2, resume=path, **mode)
+        assert str(path) in said and ("format 3" in said) == (what == "newer_format")
+    assert (folder / "run.txt").read_text().startswith(before)
+    assert not recwarn.list  # they would be further lines on stderr
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Runs()))
     assert mark.exists()  # as it would have been
-
-
-# --------------------------------------------------------------------------------------------------
-# 200 random changes of a checkpoint, and of a shard
 
 
 def change(draw, content, other):
@@ -656,38 +599,36 @@ def test_no_change_of_a_shards_header_or_length_is_trained_on(train, shards, cop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize("step", [1, 4, 7, 12])
 def test_signal_ends_the_run_after_the_step(number, step, train, whole, tmp_path, monkeypatch):
-    """With a checkpoint, a validation where one is due, and the flag that goes on from there."""
-    in_step(monkeypatch, step, send(number))
+    """With a checkpoint, a validation where one is due, and the flag that goes on from there.
+
+    In the last step it comes too late.
+    """
+    in_step(monkeypatch, step, number)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    said = train(tmp_path, 128 + number, save_every=100)
+    said = train(tmp_path, 128 + number if step < 12 else 0, save_every=100)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert f"stopped by {number.name} after step {step} of 12" in said
     assert steps(tmp_path) == steps(whole, until=step)
     assert saved_steps(tmp_path) == [step]
     monkeypatch.undo()
-    train(tmp_path, resume=re.search(r"--resume (\S+)\.$", said)[1], save_every=100)
+    if step < 12:
+        assert f"stopped by {number.name} after step {step} of 12" in said
+        train(tmp_path, resume=re.search(r"--resume (\S+)\.$", said)[1], save_every=100)
     assert_same_run(tmp_path, whole)
 
 
 def test_signal_without_save_every_saves_nothing_and_says_so(train, tmp_path, monkeypatch):
-    in_step(monkeypatch, 3, send(signal.SIGTERM))
+    in_step(monkeypatch, 3, signal.SIGTERM)
     assert train(tmp_path, 143).endswith("nothing is saved, for want of --save_every.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["run.txt"]
     assert "step:3/12" in steps(tmp_path)[-1]
 
 
-def test_signal_in_the_last_step_is_not_early(train, whole, tmp_path, monkeypatch):
-    in_step(monkeypatch, 12, send(signal.SIGTERM))
-    train(tmp_path, save_every=100)
-    assert_same_run(tmp_path, whole)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss_that_is_not_finite_ends_the_run(value, train, whole, tmp_path, monkeypatch):
     """With the step, its tokens, their file, and the checkpoint to go back to."""
-    in_step(monkeypatch, 6, lambda loss: torch.full_like(loss, value))
+    in_step(monkeypatch, 6, factor=value)
     said = train(tmp_path, 2, save_every=3)
     assert str(checkpoint(tmp_path, 3)) in said and "train_1.bin" not in said
     for word in (f"step 6 is {value}", "sequences 10 to 11", "tokens 1280 to 1535", "train_0.bin"):
@@ -713,7 +654,7 @@ def test_validation_that_is_not_finite_ends_the_run(train, tmp_path, monkeypatch
 def test_tokens_across_shards_are_in_all_of_these(step, found, train, tmp_path, monkeypatch):
     """However short one is; and after the last token, the 1,250th, the first comes again."""
     files = machine_with_shards(tmp_path / "short", (700, 50, 500))
-    in_step(monkeypatch, step, lambda loss: loss * math.nan)
+    in_step(monkeypatch, step, factor=math.nan)
     said = train(tmp_path, 2, **files, val_loss_every=0)
     tokens = f"tokens {(step - 1) * 256} to {step * 256 - 1}"
     assert f"step {step} " in said and tokens in said and "the last checkpoint: none" in said
@@ -733,30 +674,37 @@ def test_no_checkpoint_has_numbers_that_are_not_finite(rate, train, tmp_path):
 # Real processes
 
 
+SERVER = multiprocessing.get_context("forkserver")  # one import of torch for all
+SERVER.set_forkserver_preload(["torch._dynamo", "torch.nn.attention.flex_attention", "tqdm"])
+
+
 class Forked:
     """A run of one or more processes of their own, which is watched over as torchrun does."""
 
-    def __init__(self, ask, folder, flags, processes, script, out, environment):
-        self.ask = ask
+    def __init__(self, folder, flags, processes, script, out, environment):
         self.folder = folder
         said = folder / "said" / str(time.monotonic_ns())
         said.mkdir(parents=True)
         self.outs = [out or said / f"out{rank}" for rank in range(processes)]
         self.errs = [said / f"err{rank}" for rank in range(processes)]
-        self.codes = {}
-        self.ids = []
+        environment = dict(CUDA_VISIBLE_DEVICES="") | environment
         if processes > 1:  # they meet at a launcher's store
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             environment |= dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1")
             environment |= dict(MASTER_PORT=self.store.port, TORCHELASTIC_USE_AGENT_STORE=True)
             environment |= dict(TORCHELASTIC_RESTART_COUNT=0)
+        self.asked_to_end = False
+        self.processes = []
         for rank in range(processes):
             self.errs[rank].touch()
             if processes > 1:
                 environment |= dict(RANK=rank, LOCAL_RANK=rank)
-            streams = dict(out=str(self.outs[rank]), errors=str(self.errs[rank]))
-            question = dict(script=str(script), flags=flags, environment=environment, **streams)
-            self.ids.append(ask(question))
+            streams = str(self.errs[rank]), str(self.outs[rank])
+            process = SERVER.Process(
+                target=become, args=(str(script), flags, environment, *streams)
+            )
+            process.start()
+            self.processes.append(process)
 
     @property
     def log(self):
@@ -771,15 +719,16 @@ class Forked:
     def printed(self):
         return self.outs[0].read_text() if self.outs[0].exists() else ""
 
+    @property
+    def codes(self):
+        return [process.exitcode for process in self.processes]
+
     def has_ended(self):
         """Whether all have; when the first one has failed, the others are asked to end."""
-        for process in self.ids:
-            code = self.codes.get(process, self.ask(process) if process not in self.codes else None)
-            if code is not None:
-                self.codes[process] = code
-                if code != 0 and len(self.codes) == 1:
-                    self.send(signal.SIGTERM)
-        return len(self.codes) == len(self.ids)
+        if any(self.codes) and not self.asked_to_end:
+            self.asked_to_end = True
+            self.send(signal.SIGTERM)
+        return None not in self.codes
 
     def until(self, true):
         """Wait until something is the case, while the run goes on."""
@@ -791,9 +740,9 @@ class Forked:
         return self
 
     def send(self, number, *ranks):
-        for rank in ranks or range(len(self.ids)):
-            if self.ids[rank] not in self.codes:
-                os.kill(self.ids[rank], number)
+        for rank in ranks or range(len(self.processes)):
+            if self.processes[rank].exitcode is None:
+                os.kill(self.processes[rank].pid, number)
         return self
 
     def end(self):
@@ -802,7 +751,7 @@ class Forked:
         while not self.has_ended():
             assert time.monotonic() - begin < LIMIT, "the run does not end"
             time.sleep(0.001)
-        return [self.codes[process] for process in self.ids]
+        return self.codes
 
 
 @pytest.fixture(scope="module")
@@ -811,32 +760,17 @@ def forks(shards):
 
     Whatever is left of it at the end is ended.
     """
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "forked.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
-    )
     started = []
-
-    def ask(question):
-        server.stdin.write(json.dumps(question) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
 
     def start(folder, processes=1, script=SCRIPT, out=None, environment=None, **settings):
         places = dict(log_dir=folder / "logs", run_id="run")
         flags = as_flags(**SMALL | shards | places | settings)
-        started.append(Forked(ask, folder, flags, processes, script, out, dict(environment or {})))
+        started.append(Forked(folder, flags, processes, script, out, environment or {}))
         return started[-1]
 
     yield start
     for run in started:
-        run.has_ended()
         run.send(signal.SIGKILL)
-    server.stdin.close()
-    server.wait(LIMIT)
 
 
 def newest(folder):
@@ -853,28 +787,6 @@ def unfinished(folder):
     return set()
 
 
-def kill_often(forks, folder, kills, draw, **settings):
-    """Start a run and kill it with SIGKILL, again and again.
-
-    Some time after its start, some steps further than before, or then in the next save. Returns how
-    many of these left a checkpoint that was not whole.
-    """
-    in_a_save = 0
-    for number in range(kills):
-        before = unfinished(folder)
-        run = forks(folder, resume="auto", **settings)
-        if number % 4:
-            step = newest(folder) + draw.randint(1, 3)
-            run.until(lambda run=run, step=step: f"\nstep:{step}/" in run.printed)
-        if number % 4 > 1:
-            run.until(lambda before=before: unfinished(folder) - before)
-        else:
-            time.sleep(draw.uniform(0, 0.02 if number % 4 else 0.4))
-        assert set(run.send(signal.SIGKILL).end()) == {-signal.SIGKILL} and not run.errors
-        in_a_save += bool(unfinished(folder) - before)
-    return in_a_save
-
-
 def run_to_the_end(forks, folder, **settings):
     run = forks(folder, **settings)
     assert set(run.end()) == {0} and not run.errors, run.errors
@@ -887,11 +799,27 @@ def run_to_the_end(forks, folder, **settings):
 def test_run_that_is_killed_often_is_the_one_that_was_not(
     kills, processes, threads, length, forks, tmp_path
 ):
-    """Bit for bit, at random moments, saving included, by the same command each time."""
+    """Bit for bit, by the same command each time.
+
+    It is killed some time after its start, some steps further than before, or then in a save.
+    """
     settings = dict(num_iterations=length, save_every=2, processes=processes, timeout=30)
     settings |= dict(environment=dict(OMP_NUM_THREADS=threads))
     reference = run_to_the_end(forks, tmp_path / "reference", **settings)
-    in_a_save = kill_often(forks, tmp_path, kills, random.Random(kills), **settings)
+    draw = random.Random(kills)
+    in_a_save = 0
+    for number in range(kills):
+        before = unfinished(tmp_path)
+        run = forks(tmp_path, resume="auto", **settings)
+        if number % 4:
+            step = newest(tmp_path) + draw.randint(1, 3)
+            run.until(lambda run=run, step=step: f"\nstep:{step}/" in run.printed)
+        if number % 4 > 1:
+            run.until(lambda before=before: unfinished(tmp_path) - before)
+        else:
+            time.sleep(draw.uniform(0, 0.02 if number % 4 else 0.4))
+        assert set(run.send(signal.SIGKILL).end()) == {-signal.SIGKILL} and not run.errors
+        in_a_save += bool(unfinished(tmp_path) - before)
     assert 0 < newest(tmp_path) < length - 2 and (kills < 20 or in_a_save > 2)
     assert_same_run(run_to_the_end(forks, tmp_path, resume="auto", **settings), reference)
     assert saved_steps(tmp_path / "logs") == [length - 2, length]
@@ -956,9 +884,6 @@ def test_run_that_dies_before_each_change_of_its_folder(forks, tmp_path):
     assert_same_run(run_to_the_end(forks, tmp_path, **settings, environment=never), reference)
     assert saved_steps(tmp_path / "logs") == [39, 40]
 
-
-# --------------------------------------------------------------------------------------------------
-# Signals to real processes
 
 SIGNALLED = """
 import os, signal, sys, time
@@ -1056,16 +981,14 @@ def test_torchrun_that_is_asked_to_end(stop, number, shards, train, tmp_path):
     assert run.errors[0].count("train_gpt.py: ") == 1
 
 
-# --------------------------------------------------------------------------------------------------
-# Other ends of two processes
-
-
-def test_two_processes_with_a_loss_that_is_not_finite(forks, tmp_path):
-    run = forks(tmp_path, processes=2, save_every=1, embed_lr=1e38, timeout=30)
-    assert run.end()[0] == 2 and all(run.codes.values())
+@pytest.mark.parametrize("rate, word", [("embed_lr", "the loss of step"), ("muon_lr", "--muon_lr")])
+def test_two_processes_that_cannot_go_on_say_so_once(rate, word, forks, whole, tmp_path):
+    """Where a loss is not finite, and where they would go on from a checkpoint of another curve."""
+    settings = dict(save_every=1) if rate == "embed_lr" else dict(resume=checkpoint(whole, 8))
+    run = forks(tmp_path, processes=2, **settings, **{rate: 1e38}, timeout=30)
+    assert run.end()[0] == 2 and all(run.codes)
     complaints_before_the_end(run.errors)
-    (step,) = re.findall(r"the loss of step (\d+)", run.errors)
-    assert f"step:{step}/12 " in steps(tmp_path / "logs")[-1]
+    assert run.errors.count(word) == 1 and bool(run.log) == (rate == "embed_lr")
 
 
 def test_two_processes_that_validate_a_checkpoint(forks, whole, tmp_path):
@@ -1077,14 +1000,6 @@ def test_two_processes_that_validate_a_checkpoint(forks, whole, tmp_path):
     expected = [line for line in steps(whole, 7, 8) if "val_loss" in line]
     assert len(found) == 1 and losses(found) == pytest.approx(losses(expected), abs=1.5e-4)
     assert not run.outs[1].read_text() and not run.log and content(whole) == before
-
-
-@pytest.mark.parametrize("settings", [dict(muon_lr=0.04), dict(resume="missing.pt")])
-def test_two_processes_that_cannot_go_on_say_so_once(settings, forks, whole, tmp_path):
-    run = forks(tmp_path, processes=2, **dict(resume=checkpoint(whole, 8)) | settings)
-    assert run.end()[0] == 2 and all(run.codes.values())
-    assert complaints_before_the_end(run.errors) == []
-    assert ("--muon_lr" if "muon_lr" in settings else "missing.pt") in run.errors and not run.log
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1105,7 +1020,7 @@ def room(size, process=0):
 def test_disk_that_is_full_for_a_while(forks, train, tmp_path):
     """The training goes on; when there is room again, the missing lines and a checkpoint come."""
     run = forks(tmp_path, out="/dev/null", **ENDLESS).until(lambda: newest(tmp_path))
-    with room(len(run.log) + 100, run.ids[0]):
+    with room(len(run.log) + 100, run.processes[0].pid):
         run.until(lambda: run.errors.count("cannot be written") == 2)
         saved, length = newest(tmp_path), len(run.log)
         time.sleep(0.5)  # some steps
@@ -1128,7 +1043,7 @@ def test_disk_that_stays_full(stop, shards, whole, tmp_path, capfd, monkeypatch)
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if stop:
-        in_step(monkeypatch, 3, send(signal.SIGTERM))
+        in_step(monkeypatch, 3, signal.SIGTERM)
     capfd.readouterr()
     flags = as_flags(**SMALL | shards | dict(log_dir=tmp_path, run_id="run", save_every=2))
     with room(50000):
