@@ -8,12 +8,10 @@ full disks end a run as they should, or do not end it. Processes that are killed
 import contextlib
 import io
 import math
-import multiprocessing
 import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -24,9 +22,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import ROOT
-from forked import become
+from conftest import ROOT, Forked, content, in_step, room
 from test_distributed import SMALL as SMALLEST
 from test_distributed import Started, machine_with_shards, torchrun
 from test_run import as_flags
@@ -36,7 +32,6 @@ import train_gpt
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits files as Linux does it")
 
-LIMIT = 120  # seconds, after which a test that waits fails
 SCRIPT = ROOT / "train_gpt.py"
 SMALL = SMALLEST | dict(seqs_per_step=2, num_iterations=12, val_loss_every=4)
 ENDLESS = dict(num_iterations=100000, save_every=5, timeout=30)
@@ -55,8 +50,7 @@ def shards(tmp_path_factory):
 def train(shards):
     """A function that runs main in this process, with the small settings and some others.
 
-    It returns what was printed. With a code other than 0 there has to be one sentence on stderr,
-    which is returned instead; otherwise there has to be nothing.
+    It returns what was printed, or where it fails the one sentence that it says.
     """
 
     def run(folder, code=0, **settings):
@@ -155,12 +149,6 @@ def assert_same_run(folder, other):
     assert_same_checkpoint(folder / "run" / last.name, last)
 
 
-def content(folder):
-    """All files below a folder, with what is in them and when they were changed."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
     """The log folder of a run that was not interrupted, with a checkpoint of each step."""
@@ -186,30 +174,11 @@ def copied(whole, tmp_path):
     return copy
 
 
-def in_step(monkeypatch, step, number=None, factor=1.0):
-    """In a step, of those of this process the first one being 1, send a signal, or spoil the loss."""
-    function, calls = train_gpt.training_step, [-2]  # there are two in the warm-up
-
-    def observed(*args):
-        calls[0] += 1
-        if calls[0] != step:
-            return function(*args)
-        if number is not None:
-            assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
-            os.kill(os.getpid(), number)
-            time.sleep(0.1)
-        return function(*args) * factor
-
-    monkeypatch.setattr(train_gpt, "training_step", observed)
-
-
 # --------------------------------------------------------------------------------------------------
 # Written, and resumed: the same run
 
 
-@pytest.mark.parametrize(
-    "every, keep, expected", [(0, 2, []), (5, 2, [10, 12]), (4, 9, [4, 8, 12]), (1, 1, [12])]
-)
+@pytest.mark.parametrize("every, keep, expected", [(0, 2, []), (5, 2, [10, 12]), (1, 1, [12])])
 def test_checkpoints_of_multiples_and_the_last_step(every, keep, expected, train, whole, tmp_path):
     """The newest stay, and whatever is saved, the curve is the same."""
     train(tmp_path, save_every=every, keep=keep)
@@ -246,10 +215,7 @@ def test_clock_stands_still_while_saving(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 4, 7, 11, 12])
 def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, copied):
-    """From any step on: log, checkpoints and sample. The log is only appended to.
-
-    Without --run_id it is the checkpoint's.
-    """
+    """Log, checkpoints and sample, from any step on. Without --run_id it is the checkpoint's."""
     folder = copied(step)
     before = (folder / "run.txt").read_text()
     path = checkpoint(folder, step)
@@ -268,11 +234,9 @@ def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, cop
     assert added.split("\nsample: ")[2] == before.split("\nsample: ")[2]
 
 
-@pytest.mark.parametrize(
-    "settings", [dict(dtype="bfloat16"), dict(seqs_per_step=8, repeat=False), dict(seed=3)]
-)
+@pytest.mark.parametrize("settings", [dict(dtype="bfloat16"), dict(seqs_per_step=8, repeat=False)])
 def test_resumed_run_of_other_settings(settings, train, tmp_path):
-    """Other activations, more micro-steps without a second pass over the tokens, another seed."""
+    """Other activations, more micro-steps without a second pass over the tokens."""
     train(tmp_path / "whole", **settings, save_every=5)
     path = checkpoint(tmp_path / "whole", 10)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
@@ -382,9 +346,7 @@ def test_resuming_that_cannot_be_meant_is_refused(flags, train, copied):
 
 
 @pytest.mark.parametrize("step", [4, 8, 12])
-@pytest.mark.parametrize(
-    "flags", [dict(), dict(run_id=""), dict(log_dir="new"), dict(resume="auto")]
-)
+@pytest.mark.parametrize("flags", [dict(run_id=""), dict(log_dir="new"), dict(resume="auto")])
 def test_eval_only_validates_a_checkpoint(step, flags, train, whole, copied, monkeypatch):
     """With the line of the log, after the last step with its sample; and it writes no file."""
     folder = copied(step)
@@ -404,9 +366,9 @@ def test_eval_only_validates_a_checkpoint(step, flags, train, whole, copied, mon
 # What is damaged, or of another run
 
 # Another value of each setting that shapes the curve.
-SHAPING = """train_seq_len 256, seqs_per_step 4, repeat False, num_layers 8, num_heads 2, head_dim 32,
-model_dim 32, attention_free_layers 1, num_iterations 13, cooldown_frac 0.5, max_window 128, seed 1,
-embed_lr 0.16, head_lr 0.005, scalar_lr 0.03, muon_lr 0.04, fp8 none"""
+SHAPING = """train_seq_len 256, seqs_per_step 4, repeat False, num_layers 8, num_heads 2, seed 1,
+head_dim 32, model_dim 32, attention_free_layers 1, num_iterations 13, cooldown_frac 0.5,
+max_window 128, embed_lr 0.16, head_lr 0.005, scalar_lr 0.03, muon_lr 0.04, fp8 none"""
 SHAPING = dict(pair.split() for pair in SHAPING.split(","))
 FIELDS = train_gpt.Hyperparameters.__dataclass_fields__.values()
 
@@ -488,14 +450,14 @@ SPOILED = dict(
     code_legacy=lambda state: written(Runs(), _use_new_zipfile_serialization=False),
     code_pickle=lambda state: pickle.dumps(Runs()),
 )
-ENTRIES = "format, step, run_id, ms, best, position, curve, network, adam, muon, random".split(", ")
 
 
-@pytest.mark.parametrize("what", [*SPOILED, *ENTRIES])
-def test_what_is_no_whole_checkpoint_of_ours_is_refused(
-    what, train, copied, tmp_path, monkeypatch, recwarn
-):
-    """Or lacks one of its entries. Nothing that is in it is run, and the log is only appended to."""
+ENTRIES = "format step run_id ms best position curve network adam muon random"
+
+
+@pytest.mark.parametrize("what", [*SPOILED, *ENTRIES.split()])
+def test_no_whole_checkpoint(what, train, copied, tmp_path, monkeypatch, recwarn):
+    """What is damaged or lacks an entry is refused, and nothing that is in it is run."""
     folder = copied(5)
     path, mark = checkpoint(folder, 5), tmp_path / "mark"
     monkeypatch.setenv("MARK", str(mark))
@@ -530,10 +492,7 @@ def change(draw, content, other):
 
 
 def test_no_change_of_a_checkpoint_is_read_wrongly(train, copied):
-    """200 of them: each is refused with one sentence, or what is read is what was written.
-
-    The latter where it concerns a part of the archive that says nothing, as between its members.
-    """
+    """Each is refused, or concerns a part that says nothing, as the space between members."""
     folder, draw = copied(10, 5), random.Random(1)
     path, spare = checkpoint(folder, 5), checkpoint(folder, 10)
     good, other = path.read_bytes(), spare.read_bytes()
@@ -573,11 +532,7 @@ def changed_shard(draw, kind, good):
 
 
 def test_no_change_of_a_shards_header_or_length_is_trained_on(train, shards, copied, tmp_path):
-    """By a run from the beginning, or by one that is resumed: 200 changes.
-
-    None of them can give another good shard: magic number and version are fixed, the length has to
-    be the header's, the vocabulary is that of all shards, and the rest is zeros.
-    """
+    """None of 200 changes can give another good shard, since all of the header is checked."""
     folder, draw = copied(5), random.Random(2)
     files = machine_with_shards(tmp_path / "other")
     paths = sorted((tmp_path / "other").iterdir())
@@ -594,17 +549,10 @@ def test_no_change_of_a_shards_header_or_length_is_trained_on(train, shards, cop
     assert sorted(path.name for path in folder.iterdir()) == ["run", "run.txt"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Ends before the last step, in this process
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
 def test_signal_ends_the_run_after_the_step(number, step, train, whole, tmp_path, monkeypatch):
-    """With a checkpoint, a validation where one is due, and the flag that goes on from there.
-
-    In the last step it comes too late.
-    """
+    """With a checkpoint and the flag that goes on from there. In the last step it is too late."""
     in_step(monkeypatch, step, number)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     said = train(tmp_path, 128 + number if step < 12 else 0, save_every=100)
@@ -671,95 +619,12 @@ def test_no_checkpoint_has_numbers_that_are_not_finite(rate, train, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Real processes
-
-
-SERVER = multiprocessing.get_context("forkserver")  # one import of torch for all
-SERVER.set_forkserver_preload(["torch._dynamo", "torch.nn.attention.flex_attention", "tqdm"])
-
-
-class Forked:
-    """A run of one or more processes of their own, which is watched over as torchrun does."""
-
-    def __init__(self, folder, flags, processes, script, out, environment):
-        self.folder = folder
-        said = folder / "said" / str(time.monotonic_ns())
-        said.mkdir(parents=True)
-        self.outs = [out or said / f"out{rank}" for rank in range(processes)]
-        self.errs = [said / f"err{rank}" for rank in range(processes)]
-        environment = dict(CUDA_VISIBLE_DEVICES="") | environment
-        if processes > 1:  # they meet at a launcher's store
-            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            environment |= dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1")
-            environment |= dict(MASTER_PORT=self.store.port, TORCHELASTIC_USE_AGENT_STORE=True)
-            environment |= dict(TORCHELASTIC_RESTART_COUNT=0)
-        self.asked_to_end = False
-        self.processes = []
-        for rank in range(processes):
-            self.errs[rank].touch()
-            if processes > 1:
-                environment |= dict(RANK=rank, LOCAL_RANK=rank)
-            streams = str(self.errs[rank]), str(self.outs[rank])
-            process = SERVER.Process(
-                target=become, args=(str(script), flags, environment, *streams)
-            )
-            process.start()
-            self.processes.append(process)
-
-    @property
-    def log(self):
-        path = self.folder / "logs" / "run.txt"
-        return path.read_text() if path.exists() else ""
-
-    @property
-    def errors(self):
-        return "".join(file.read_text() for file in self.errs)
-
-    @property
-    def printed(self):
-        return self.outs[0].read_text() if self.outs[0].exists() else ""
-
-    @property
-    def codes(self):
-        return [process.exitcode for process in self.processes]
-
-    def has_ended(self):
-        """Whether all have; when the first one has failed, the others are asked to end."""
-        if any(self.codes) and not self.asked_to_end:
-            self.asked_to_end = True
-            self.send(signal.SIGTERM)
-        return None not in self.codes
-
-    def until(self, true):
-        """Wait until something is the case, while the run goes on."""
-        begin = time.monotonic()
-        while not true():
-            assert not self.has_ended(), (self.codes, self.errors)
-            assert time.monotonic() - begin < LIMIT, "the run does not get there"
-            time.sleep(0.001)
-        return self
-
-    def send(self, number, *ranks):
-        for rank in ranks or range(len(self.processes)):
-            if self.processes[rank].exitcode is None:
-                os.kill(self.processes[rank].pid, number)
-        return self
-
-    def end(self):
-        """Wait for the exit codes."""
-        begin = time.monotonic()
-        while not self.has_ended():
-            assert time.monotonic() - begin < LIMIT, "the run does not end"
-            time.sleep(0.001)
-        return self.codes
+# Real processes, and full disks
 
 
 @pytest.fixture(scope="module")
 def forks(shards):
-    """A function that starts a run in a folder, with the small settings and some others.
-
-    Whatever is left of it at the end is ended.
-    """
+    """A function that starts a small run in a folder; what is left of it at the end is ended."""
     started = []
 
     def start(folder, processes=1, script=SCRIPT, out=None, environment=None, **settings):
@@ -796,13 +661,8 @@ def run_to_the_end(forks, folder, **settings):
 @pytest.mark.parametrize(
     "kills, processes, threads, length", [(20, 1, 1, 80), (3, 1, 2, 30), (5, 2, 1, 36)]
 )
-def test_run_that_is_killed_often_is_the_one_that_was_not(
-    kills, processes, threads, length, forks, tmp_path
-):
-    """Bit for bit, by the same command each time.
-
-    It is killed some time after its start, some steps further than before, or then in a save.
-    """
+def test_run_that_is_killed_often(kills, processes, threads, length, forks, tmp_path):
+    """Bit for bit. It is killed some time after its start, some steps further on, or in a save."""
     settings = dict(num_iterations=length, save_every=2, processes=processes, timeout=30)
     settings |= dict(environment=dict(OMP_NUM_THREADS=threads))
     reference = run_to_the_end(forks, tmp_path / "reference", **settings)
@@ -857,7 +717,7 @@ def die(event, arguments):
     writes |= event == "open" and bool(set("wxa+") & set(arguments[1] or ""))
     if writes and (str(arguments[0]) + "/").startswith({folder!r}):
         changes += 1
-        if changes == int(os.environ["AT"]):
+        if changes == int(os.environ.get("AT", 0)):
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(die)
 sys.exit(train_gpt.main())
@@ -869,8 +729,7 @@ def test_run_that_dies_before_each_change_of_its_folder(forks, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(DIES.format(root=str(ROOT), folder=f"{tmp_path}/logs/run/"))
     settings = dict(script=script, resume="auto", save_every=1, num_iterations=40)
-    never = dict(AT=0)
-    reference = run_to_the_end(forks, tmp_path / "reference", **settings, environment=never)
+    reference = run_to_the_end(forks, tmp_path / "reference", **settings)
     before, left = 0, set()
     for at in range(1, 14):
         run = forks(tmp_path, **settings, environment=dict(AT=at))
@@ -881,7 +740,7 @@ def test_run_that_dies_before_each_change_of_its_folder(forks, tmp_path):
             train_gpt.read_checkpoint(checkpoint(tmp_path / "logs", before))
         left.add(bool(unfinished(tmp_path)))
     assert left == {True, False} and 6 < before < 36  # several saves, and later ones that delete
-    assert_same_run(run_to_the_end(forks, tmp_path, **settings, environment=never), reference)
+    assert_same_run(run_to_the_end(forks, tmp_path, **settings), reference)
     assert saved_steps(tmp_path / "logs") == [39, 40]
 
 
@@ -923,10 +782,7 @@ sys.exit(train_gpt.main())
     ],
 )
 def test_process_that_ends_at_once(where, number, seconds, settings, forks, whole, tmp_path):
-    """By the first signal where there is no step to finish, by one a second later in the steps.
-
-    Of several processes torchrun tells the end, and they are silent.
-    """
+    """Where there is no step to finish, or by a signal a second later. torchrun's are silent."""
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED.format(root=str(ROOT)))
     environment = dict(WHERE=where, SIGNAL=int(number), SECONDS=seconds)
@@ -961,11 +817,7 @@ def test_two_processes_of_which_some_are_asked_to_end(ranks, forks, train, tmp_p
     assert run.errors.count("train_gpt.py: ") == 1
 
 
-@pytest.mark.parametrize(
-    "stop, number",
-    [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)],
-    ids=["batch system", "keyboard"],
-)
+@pytest.mark.parametrize("stop, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])
 def test_torchrun_that_is_asked_to_end(stop, number, shards, train, tmp_path):
     """It passes this on, also where all have been asked already: all stop after the same step."""
     places = dict(log_dir=tmp_path / "logs", run_id="run")
@@ -1002,21 +854,6 @@ def test_two_processes_that_validate_a_checkpoint(forks, whole, tmp_path):
     assert not run.outs[1].read_text() and not run.log and content(whole) == before
 
 
-# --------------------------------------------------------------------------------------------------
-# Full disks
-
-
-@contextlib.contextmanager
-def room(size, process=0):
-    """The largest size of a file that a process can write; more room is not on the disk."""
-    limits = size, resource.RLIM_INFINITY
-    before = resource.prlimit(process, resource.RLIMIT_FSIZE, limits)
-    try:
-        yield
-    finally:
-        resource.prlimit(process, resource.RLIMIT_FSIZE, before)
-
-
 def test_disk_that_is_full_for_a_while(forks, train, tmp_path):
     """The training goes on; when there is room again, the missing lines and a checkpoint come."""
     run = forks(tmp_path, out="/dev/null", **ENDLESS).until(lambda: newest(tmp_path))
@@ -1037,10 +874,7 @@ def test_disk_that_is_full_for_a_while(forks, train, tmp_path):
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_disk_that_stays_full(stop, shards, whole, tmp_path, capfd, monkeypatch):
-    """From the beginning to the end: said once of each, and the run ends as it would have.
-
-    When it is stopped it says that nothing is saved, and not for want of the flag.
-    """
+    """Said once of each. A stop says that nothing is saved, and not for want of the flag."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if stop:
         in_step(monkeypatch, 3, signal.SIGTERM)
