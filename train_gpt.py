@@ -1,14 +1,16 @@
-"""Train a 124M-parameter GPT on FineWeb tokens to a validation loss of 3.28, as fast as can be.
+"""Train a 124M-parameter GPT on FineWeb to a validation loss of 3.28, fast.
 
-The recipe is the one that took 8 H100 GPUs just under three minutes in January 2025. This file runs
-it unchanged on any number of GPUs, and smaller models on a CPU. Importing it defines everything and
-starts nothing. README.md tells what has been seen on which hardware, with the log of each result.
+The recipe is the one that took 8 H100 GPUs just under three minutes in January
+2025. This file runs it unchanged on any number of GPUs, and smaller models on
+a CPU. Importing it defines everything and starts nothing. README.md tells what
+has been seen on which hardware, with the log of each result.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py     the speedrun
-    python train_gpt.py --preset tiny                         a small model, on two CPU cores
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   the speedrun
+    python train_gpt.py --preset tiny                       a small one, on a CPU
 
-The first part is the recipe: settings, FP8 matmul, Muon, attention, network, data, training step.
-The second part is what a run needs around it: machine, command line, log, checkpoints, processes.
+The first part is the recipe: settings, FP8 matmul, Muon, network, data, step.
+The second part is what a run needs around it: machine, command line, processes,
+checkpoints, log.
 """
 
 import argparse
@@ -83,7 +85,10 @@ class Hyperparameters:
         "network", 1792, "tokens that attention reaches back at the end", multiple_of=BLOCK
     )
     fp8: str = setting(
-        "network", "head", "matmuls in FP8 where the GPU can", choices=("none", "head", "all")
+        "network",
+        "head",
+        "matmuls in FP8 where the GPU can: none, head or all",
+        choices=("none", "head", "all"),
     )
 
     train_seq_len: int = setting(
@@ -123,7 +128,7 @@ class Hyperparameters:
     dtype: str = setting(
         "run",
         "auto",
-        "of the activations; auto is the machine's faster one",
+        "of the activations: bfloat16, float32, or auto, the faster one here",
         choices=("auto", "bfloat16", "float32"),
     )
     coordinate_descent_tuning: bool = setting(
@@ -286,6 +291,10 @@ mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
 # "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
 
 
+# The name of torch 2.13, and the one before.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 def zeropower_via_newtonschulz5(
     G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
@@ -389,7 +398,7 @@ class Muon(torch.optim.Optimizer):
         if self.world_size == 1:
             return updates, None
         gathered = updates.new_empty(self.world_size * len(updates), *updates.shape[1:])
-        return gathered, dist.all_gather_into_tensor(gathered, updates, async_op=True)
+        return gathered, all_gather(gathered, updates, async_op=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -725,7 +734,7 @@ class GPT(nn.Module):
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
-HEADER_BYTES = 256 * 4
+HEADER_BYTES = 4 * 256
 GPT2_VOCAB = 50257
 
 
@@ -734,19 +743,19 @@ def open_shard(path: str) -> tuple[np.ndarray, int]:
 
     Raises UserError where the file is not a whole shard.
     """
-    size = os.path.getsize(path)
+    size = os.path.getsize(path) - HEADER_BYTES
     header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256:
+    if size < 0:
         header = np.zeros(256, dtype="<i4")
     magic, version, num_tokens, vocab_size = header[:4].tolist()
     vocab_size = vocab_size or GPT2_VOCAB  # the public shards leave it at 0
     known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
-    whole = num_tokens > 0 and size == HEADER_BYTES + 2 * num_tokens
+    whole = num_tokens > 0 and size == 2 * num_tokens
     if not (known and whole and 2 <= vocab_size <= 1 << 16):
         raise UserError(
             f"{path} is no whole token shard (magic number {magic}, version {version}, "
-            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes); make it again, or let "
-            "--train_files and --val_files leave it out."
+            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes of them); make it again, "
+            "or let --train_files and --val_files leave it out."
         )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
     return tokens, vocab_size
@@ -778,8 +787,14 @@ class DistributedDataLoader:
                 "`python data/local_text.py`, fetch FineWeb as README.md says, or name yours with "
                 "--train_files and --val_files."
             )
-        self.shards, self.vocab_sizes = zip(*map(open_shard, self.files), strict=True)
-        self.vocab_size = self.vocab_sizes[0]
+        self.shards, vocab_sizes = zip(*map(open_shard, self.files), strict=True)
+        self.vocab_size = vocab_sizes[0]
+        for path, vocab_size in zip(self.files, vocab_sizes, strict=True):
+            if vocab_size != self.vocab_size:
+                raise UserError(
+                    f"{path} has a vocabulary of {vocab_size}, and {self.files[0]} one of "
+                    f"{self.vocab_size}; use shards of one tokenizer."
+                )
         *self.starts, self.total = np.cumsum([0, *map(len, self.shards)]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         missing = max(2, self.num_tokens + 1) - self.total  # the last target is one token further
@@ -1160,7 +1175,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_bool(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
+    return ["false", "true"].index(text.lower()) == 1  # argparse reports a ValueError
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -1174,6 +1189,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Hyperparameters, str
     """
     parser = Parser(
         "train_gpt.py",
+        usage="train_gpt.py [--preset NAME] [--FLAG VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -1256,7 +1272,7 @@ def say(sentence: str):
         tqdm.write(f"train_gpt.py: {sentence}", file=sys.stderr)
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """SIGINT and SIGTERM: the first lets the step finish, on all processes the same one.
 
     A second one, a second or more later, ends the process at once, as the first does before there
@@ -1265,29 +1281,22 @@ class StopSignals:
     """
 
     def __init__(self):
+        super().__init__()
         self.received = 0  # the first signal's number
         self.in_steps = False
-
-    def __enter__(self) -> "StopSignals":
         self.pipe, pipe_in = os.pipe()
         os.set_blocking(pipe_in, False)
-        self.before = signal.set_wakeup_fd(pipe_in), {}
+        self.callback(os.close, pipe_in)  # which ends the thread
+        self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(pipe_in))
         for number in (signal.SIGINT, signal.SIGTERM):
             # Python writes a signal into the pipe only where it has a handler.
-            self.before[1][number] = signal.signal(number, lambda *_: None)
+            self.callback(signal.signal, number, signal.signal(number, lambda *_: None))
         threading.Thread(target=self.listen, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        wakeup_fd, handlers = self.before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.close(signal.set_wakeup_fd(wakeup_fd))  # which ends the thread
 
     def listen(self):
         second_from = math.inf
         while number := int.from_bytes(os.read(self.pipe, 1)):
-            if number not in self.before[1]:
+            if number not in (signal.SIGINT, signal.SIGTERM):
                 continue
             if not self.in_steps or time.monotonic() > second_from:
                 # What torchrun ends is silent, for torchrun says why.
@@ -1371,6 +1380,7 @@ def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str
 # Checkpoints: all that a run goes on from. What is damaged or of another run is refused
 
 CHECKPOINT_FORMAT = 2
+BEGINNING = dict(step=0, run_id="", ms=0.0, best=math.inf, position=0, curve={})
 
 
 def snapshot(network: GPT, optimizers) -> dict:
@@ -1456,7 +1466,9 @@ def read_checkpoint(path: Path) -> dict:
             raise zipfile.BadZipFile(damaged)
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        found = int(state["format"])
+            found = int(state["format"])
+        if found == CHECKPOINT_FORMAT:
+            state |= {name: type(value)(state[name]) for name, value in BEGINNING.items()}
     except Exception as error:  # anything may be in a file
         raise UserError(
             f"{path} is not a whole checkpoint of this script ({type(error).__name__}); resume "
@@ -1493,7 +1505,7 @@ def find_checkpoint(hp: Hyperparameters, curve: dict[str, str]) -> dict:
         return state
     if failures:
         raise failures[0]
-    return dict(path="", checksum=0, step=0, run_id="", ms=0.0, best=math.inf)
+    return BEGINNING | dict(path="", checksum=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1511,6 +1523,7 @@ class Log:
         self.hp = hp
         self.machine = machine
         self.loader = loader
+        self.step_tokens = hp.seqs_per_step * hp.train_seq_len
         self.best = start["best"]
         self.last_checkpoint = start["path"]
         self.ms_before = start["ms"]
@@ -1535,9 +1548,10 @@ class Log:
                 "or --log_dir."
             ) from None
         self.bar = tqdm(
-            total=hp.num_iterations,
-            initial=start["step"],
-            unit="step",
+            total=hp.num_iterations * self.step_tokens,
+            initial=start["step"] * self.step_tokens,
+            unit="tok",
+            unit_scale=True,
             dynamic_ncols=True,
             disable=silent or None,  # None: only where stderr is no terminal
         )
@@ -1589,10 +1603,13 @@ class Log:
     def check(self, step: int, loss: float):
         """Raise UserError where the loss is not finite; it is the same on all processes."""
         if not math.isfinite(loss):
-            first = self.hp.seqs_per_step * (max(step, 1) - 1)
-            where = whereabouts(self.loader, first, first + self.hp.seqs_per_step)
+            start = self.step_tokens * (max(step, 1) - 1)
+            end = start + self.step_tokens - 1
+            first, last = start // self.loader.seq_len, end // self.loader.seq_len
+            files = {self.loader.files[self.loader.shard_at(t)] for t in range(start, end + 1)}
             raise UserError(
-                f"the loss of step {step} is {loss}, on {where}; the last checkpoint: "
+                f"the loss of step {step} is {loss}, on sequences {first} to {last} (tokens "
+                f"{start} to {end}) out of {' and '.join(sorted(files))}; the last checkpoint: "
                 f"{self.last_checkpoint or 'none'}."
             )
 
@@ -1612,7 +1629,7 @@ class Log:
         loss, stops = read()
         self.stopping = stops > 0
         self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
-        self.bar.update()
+        self.bar.update(self.step_tokens)
         line = f"step:{step}/{self.hp.num_iterations} {self.times(step)} train_loss:{loss:.4f}"
         self.line(line, shown=self.bar.disable)
         self.check(step, loss)
@@ -1644,7 +1661,7 @@ class Log:
         """Say that the run was stopped after `step` steps; returns the exit code."""
         how = f"to go on, repeat the command with --resume {self.last_checkpoint}"
         if not self.last_checkpoint:
-            how = "nothing is saved, for want of --save_every"
+            how = "nothing is saved" + ", for want of --save_every" * (self.hp.save_every == 0)
         if self.machine.rank == 0:
             name = signal.Signals(number).name
             say(f"stopped by {name} after step {step} of {self.hp.num_iterations}; {how}.")
@@ -1652,7 +1669,7 @@ class Log:
 
     def report(self):
         """The closing lines: tokens per second, passes over the tokens, memory, and the log."""
-        tokens = self.hp.num_iterations * self.hp.seqs_per_step * self.hp.train_seq_len
+        tokens = self.hp.num_iterations * self.step_tokens
         passes = self.loader.position * self.loader.seq_len / self.loader.total
         allocated, reserved = self.machine.peak_memory()
         self.line(f"tokens per second: {tokens / self.ms() * 1000:.0f}")
@@ -1666,16 +1683,6 @@ class Log:
         self.bar.close()
         with contextlib.suppress(OSError):
             self.file.close()
-
-
-def whereabouts(loader: DistributedDataLoader, first: int, end: int) -> str:
-    """For people: the sequences from `first` to before `end`, and the shards that hold them."""
-    tokens = range(first * loader.seq_len, end * loader.seq_len)
-    files = dict.fromkeys(loader.files[loader.shard_at(token)] for token in tokens)
-    return (
-        f"sequences {first} to {end - 1} (tokens {tokens[0]} to {tokens[-1]}) out of "
-        f"{' and '.join(files)}"
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1715,13 +1722,11 @@ def open_data(hp: Hyperparameters, machine: Machine) -> tuple:
     val_loader = DistributedDataLoader(
         hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **place
     )
-    for loader in (train_loader, val_loader):
-        for file, vocab_size in zip(loader.files, loader.vocab_sizes, strict=True):
-            if vocab_size != train_loader.vocab_size:
-                raise UserError(
-                    f"{file} has a vocabulary of {vocab_size}, and {train_loader.files[0]} one of "
-                    f"{train_loader.vocab_size}; train and validate on shards of one tokenizer."
-                )
+    if train_loader.vocab_size != val_loader.vocab_size:
+        raise UserError(
+            f"{train_loader.files[0]} has a vocabulary of {train_loader.vocab_size}, and "
+            f"{val_loader.files[0]} one of {val_loader.vocab_size}; use shards of one tokenizer."
+        )
     if machine.local_rank == 0:  # once a machine is enough
         train_loader.check_tokens()
         val_loader.check_tokens()
@@ -1755,7 +1760,7 @@ def warm_up(model, network: GPT, optimizers, hp: Hyperparameters, machine: Machi
 def out_of_memory(hp: Hyperparameters, machine: Machine) -> str:
     """The sentence for a GPU that is too small, with flags that need about half of the memory."""
     blocks = hp.train_seq_len // BLOCK
-    parts = next((n for n in range(2, blocks + 1) if blocks % n == 0), 1)
+    parts = 2 if blocks % 2 == 0 else blocks  # an odd number of blocks divides into single ones
     val_seq_len = next_multiple_of_n(hp.val_seq_len / parts, n=BLOCK)
     total = torch.cuda.get_device_properties(machine.device).total_memory
     return (
@@ -1768,30 +1773,29 @@ def out_of_memory(hp: Hyperparameters, machine: Machine) -> str:
 
 @torch.no_grad()
 def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
-    """Draw a document of at most num_tokens from the model, as text.
+    """Draw a document from the model, as text: at most num_tokens, and at most the window.
 
     GPT-2's tokens need tiktoken to become text; without it they are shown as numbers.
     """
     model.eval()
     boundary = model.vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
-    tokens = [boundary]
-    while len(tokens) <= num_tokens:
-        seen = tokens[-int(window) * BLOCK :]
-        padding = [boundary] * (-len(seen) % BLOCK)
-        ids = torch.tensor(seen + padding, dtype=torch.int32, device=window.device)
-        last = model.hidden(ids, window)[len(seen) - 1]
-        probabilities = model.logits(last)[: model.vocab_size].softmax(-1).cpu()
-        tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        if tokens[-1] == boundary:
+    ids = torch.full((int(window) * BLOCK,), boundary, dtype=torch.int32, device=window.device)
+    length = 1
+    while length <= min(num_tokens, len(ids) - 1):
+        logits = model.logits(model.hidden(ids, window)[length - 1])
+        probabilities = logits[: model.vocab_size].softmax(-1).cpu()
+        ids[length] = torch.multinomial(probabilities, 1, generator=generator).item()
+        if ids[length] == boundary:
             break
-    tokens = [token for token in tokens if token != boundary]
+        length += 1
+    tokens = ids[1:length].tolist()
     if boundary == 256:
         return bytes(tokens).decode(errors="replace")
     try:
         return importlib.import_module("tiktoken").get_encoding("gpt2").decode(tokens)
     except Exception as error:  # not there, or its vocabulary cannot be fetched
-        return f"(as numbers, for want of tiktoken: {error}) {' '.join(map(str, tokens))}"
+        return f"(as numbers, for want of tiktoken: {error}) {tokens}"
 
 
 class Run:

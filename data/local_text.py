@@ -40,7 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import GPT2_VOCAB, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, UserError
+from train_gpt import GPT2_VOCAB, HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, UserError
 
 BYTES_VOCAB = 257
 SHARD_TOKENS = 10_000_000
@@ -61,8 +61,8 @@ GAP = re.compile(rb"(?<=[!-~])\s")
 
 
 def shard_header(num_tokens: int, vocab_size: int) -> bytes:
-    """The first 1024 bytes of a shard."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
+    """The bytes before the tokens of a shard."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:4] = SHARD_MAGIC, SHARD_VERSION, num_tokens, vocab_size
     return header.tobytes()
 

@@ -1,13 +1,13 @@
 """Shards, the loader against NumPy, and the exact mean of a validation."""
 
+import dataclasses
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import twins
-from conftest import ROOT, refusal
+from conftest import CPU, ROOT, refusal
 
 import train_gpt
 
@@ -152,11 +152,16 @@ def test_one_broken_shard_among_good_ones_is_found(make_shard, tmp_path):
         Loader(str(tmp_path / "*.bin"), 1)
 
 
-def test_shards_of_two_vocabularies_are_refused(make_shard, tmp_path):
-    make_shard("a.bin", [1, 2, 3], vocab_size=257)
-    make_shard("b.bin", [1, 2, 3], vocab_size=50257)
+@pytest.mark.parametrize("train_files, val_files", [("*", "a*"), ("a*", "*"), ("a*", "b*")])
+def test_shards_of_two_vocabularies_are_refused(train_files, val_files, make_shard, tmp_path):
+    """Within one set of shards, and between those to train and those to validate on."""
+    make_shard("a.bin", [1] * 200, vocab_size=257)
+    make_shard("b.bin", [1] * 200, vocab_size=50257)
+    files = dict(train_files=str(tmp_path / train_files), val_files=str(tmp_path / val_files))
+    lengths = dict(train_seq_len=128, val_seq_len=128, val_tokens=100)
+    settings = train_gpt.Hyperparameters(**files, **lengths, seqs_per_step=1, num_iterations=1)
     with refusal("a.bin", "b.bin", 257, 50257):
-        Loader(str(tmp_path / "*.bin"), 1)
+        train_gpt.open_data(settings, CPU)
 
 
 def test_token_beyond_the_vocabulary_is_found(make_shard, tmp_path):
@@ -201,27 +206,27 @@ def test_validation_is_the_mean_over_exactly_its_tokens(
     shards, num_tokens, world_size, monkeypatch
 ):
     """Also where some processes have fewer sequences than others, or none."""
-    totals = []
+    sums = []
     model = KnownLoss()
-
-    def all_reduce(total, async_op):
-        return SimpleNamespace(wait=lambda: totals.append(total.item()))
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: sums.append(t.item()))
     for rank in range(world_size):
         loader = Loader(shards, 128, num_tokens=num_tokens, rank=rank, world_size=world_size)
-        machine = train_gpt.Machine(
-            torch.device("cpu"), "a test", torch.float32, rank, rank, world_size
-        )
-        reducer = train_gpt.GradientReducer(
-            torch.nn.Module(), [], machine, SimpleNamespace(place=0)
-        )
-        window = torch.tensor(1, dtype=torch.int32)
-        alone = train_gpt.validate(model, loader, window, reducer)
+        machine = dataclasses.replace(CPU, rank=rank, world_size=world_size)
+        train_gpt.validate(model, loader, torch.tensor(1, dtype=torch.int32), machine)
         assert model.training  # as it was before
-    mean = sum(totals) / num_tokens if world_size > 1 else alone
     expected = KnownLoss.costs[twins.all_tokens(shards)[1 : num_tokens + 1]].mean()
-    assert mean == pytest.approx(expected, rel=1e-12)
+    assert sum(sums) / num_tokens == pytest.approx(expected, rel=1e-12)
+
+
+def test_process_returns_the_loss_of_all_processes(shards, monkeypatch):
+    """And not that of its own part."""
+    loader = Loader(shards, 128, num_tokens=1000)
+    window = torch.tensor(1, dtype=torch.int32)
+    alone = train_gpt.validate(KnownLoss(), loader, window, CPU)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(3))
+    assert train_gpt.validate(KnownLoss(), loader, window, CPU) == pytest.approx(3 * alone)
 
 
 # ---------------------------------------------------------------------------------------------
