@@ -1,0 +1,70 @@
+"""Draw five runs on tiny Shakespeare beside nanoGPT's: `python records/pictures/loss.py`.
+
+Reads the logs in records/tiny-shakespeare-cpu, and writes loss.svg beside this file. Needs
+matplotlib (records/requirements.txt).
+"""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import compare
+
+LOGS = Path(__file__).resolve().parents[1] / "tiny-shakespeare-cpu"
+NANOGPT = 118, 1.9087  # seconds and validation loss; records/tiny-shakespeare-cpu/README.md
+STEP = re.compile(r"^step:\d+/\d+ train_time:(\d+)ms .*train_loss:([\d.]+)", re.MULTILINE)
+MEAN_OF = 20  # steps, for the loss of a single one tells more about its text than about the network
+GREY = "#7d8590"  # can be read on light and on dark pages
+BLUE, ORANGE = "#388bfd", "#f0883e"
+
+
+def training_losses(log: Path) -> tuple[list[float], list[float]]:
+    """Seconds and training losses of a run, each a mean over the last MEAN_OF steps."""
+    steps = [(int(ms) / 1000, float(loss)) for ms, loss in STEP.findall(log.read_text())]
+    seconds, losses = zip(*steps, strict=True)
+    means = [statistics.fmean(losses[i - MEAN_OF : i]) for i in range(MEAN_OF, len(losses) + 1)]
+    return list(seconds[MEAN_OF - 1 :]), means
+
+
+def draw(path: Path):
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    logs = sorted(LOGS.glob("seed_*.txt"))
+    for log in logs:
+        axes.plot(*training_losses(log), color=BLUE, alpha=0.6, linewidth=1)
+    runs = [compare.read_log(log) for log in logs]
+    seconds = statistics.fmean(run.seconds for run in runs)
+    loss = statistics.fmean(run.loss for run in runs)
+    spread = statistics.stdev(run.loss for run in runs)
+    axes.plot([run.seconds for run in runs], [run.loss for run in runs], "o", color=BLUE)
+    axes.plot(*NANOGPT, "D", color=ORANGE, markersize=8)
+    axes.axhline(NANOGPT[1], color=ORANGE, linewidth=0.8, linestyle="--")
+    ours = f"{len(runs)} seeds: validation loss {loss:.3f} ± {spread:.3f} after {seconds:.1f} s"
+    axes.annotate(ours, (seconds, loss), (10, -16), textcoords="offset points", color=BLUE)
+    theirs = f"nanoGPT's example for CPUs:\n{NANOGPT[1]:.3f} after {NANOGPT[0]} s"
+    style = dict(textcoords="offset points", ha="right", color=ORANGE)
+    axes.annotate(theirs, NANOGPT, (0, 12), **style)
+    lines = f"lines: training loss, mean of {MEAN_OF} steps; it goes up and down with the text"
+    axes.annotate(lines, (4, 2.5), (6, 0), textcoords="offset points", color=BLUE)
+    axes.set(xlim=(0, 125), ylim=(1.5, 3.1))
+    axes.set_xlabel("seconds of training on two CPU cores", color=GREY)
+    axes.set_ylabel("nats per character", color=GREY)
+    axes.tick_params(colors=GREY)
+    axes.grid(color=GREY, alpha=0.2)
+    for side, spine in axes.spines.items():
+        spine.set_color(GREY)
+        spine.set_visible(side in ("left", "bottom"))
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    matplotlib.rcParams["svg.hashsalt"] = "loss"  # the same file each time
+    picture = Path(__file__).with_suffix(".svg")
+    draw(picture)
+    print(f"The runs are drawn in {picture}.")
