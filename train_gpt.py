@@ -1340,14 +1340,14 @@ def process_group(machine: Machine, facts: dict[str, str], timeout: int):
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold communication that is under way
-        call_the_roll(store, machine)
+        call_the_roll(store, machine, error)
         os._exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def call_the_roll(store, machine: Machine):
+def call_the_roll(store, machine: Machine, error: RuntimeError):
     """Say who is missing, by the launcher's store, after a collective has failed here.
 
     Those who still wait in one hear of it when this process leaves the group, and answer as well.
@@ -1363,9 +1363,11 @@ def call_the_roll(store, machine: Machine):
     except RuntimeError:
         say("the launcher of process 0 does not answer; the run has ended.")
         return
-    if machine.rank == present[0]:
-        missing = ", ".join(str(rank) for rank in ranks if rank not in present)
+    missing = ", ".join(str(rank) for rank in ranks if rank not in present)
+    if machine.rank == present[0] and missing:
         say(f"process {missing} gave no answer: killed, stopped or cut off; the run has ended.")
+    elif not missing:
+        say(f"all processes are there, but their communication failed: {error}")
 
 
 def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str):
@@ -1391,7 +1393,7 @@ def snapshot(network: GPT, optimizers) -> dict:
     adam, muon = optimizers
     state = dict(network=network.state_dict(), adam=adam.state_dict(), muon=muon.state_dict())
     for i, (p, owner) in enumerate(muon.owner.items()):  # numbered as state_dict numbers them
-        if dist.is_initialized() and muon.state:
+        if dist.is_initialized() and adam.state:  # after the first step
             buffer = torch.empty_like(p) if owner != muon.rank else muon.state[p]["momentum_buffer"]
             dist.broadcast(buffer, owner)
             if muon.rank == 0:
@@ -1652,7 +1654,7 @@ class Log:
             self.last_checkpoint = str(path)
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a step is to be saved, as the last one is, whether it was planned or not."""
+        """Whether to save after `step` steps: regularly, at the end, and when stopping."""
         if self.hp.save_every == 0:
             return False
         return self.stopping or due(step, self.hp.save_every, self.hp.num_iterations)
@@ -1747,8 +1749,10 @@ def warm_up(model, network: GPT, optimizers, hp: Hyperparameters, machine: Machi
     # The longest window: what fits now will always fit.
     window = set_schedule(optimizers, hp.num_iterations, hp, machine)
     ids = torch.randint(network.vocab_size, (hp.train_seq_len,), device=machine.device)
+    # A second micro-step, where there is one, needs memory for the gradients of the first as well.
+    batches = [(ids.int(), ids)] * min(2, hp.seqs_per_step // machine.world_size)
     for _ in range(2):
-        training_step(model, optimizers, [(ids.int(), ids)], window, 1, machine)
+        training_step(model, optimizers, batches, window, len(batches), machine)
     ids = torch.randint(network.vocab_size, (hp.val_seq_len,), device=machine.device)
     model.eval()
     with torch.no_grad():
@@ -1820,7 +1824,7 @@ def header(run: Run, network: GPT) -> str:
     """The script and what it runs on, so that a log can be understood and repeated by itself."""
     gpus = ""
     if run.machine.is_gpu:
-        gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+        gpus = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout
     facts = dict(
         python=platform.python_version(),
         cuda=torch.version.cuda,
