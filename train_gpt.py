@@ -101,7 +101,7 @@ class Hyperparameters:
     cooldown_frac: float = setting(
         "training",
         0.4,
-        "share of the steps, the last ones, in which learning rates fall",
+        "share of the steps, at the end, over which learning rates fall",
         least=1e-6,
         most=1,
     )
@@ -211,7 +211,8 @@ def muon_momentum(step: int) -> float:
 def window_blocks(step: int, hp: Hyperparameters) -> int:
     """The attention window in blocks of 128 tokens, which grows with the steps.
 
-    It aims half a block short of the maximum, so that the maximum is reached before the end.
+    It is rounded up to whole blocks. Aiming at half a block less than the maximum still ends at the
+    maximum, and reaches it later.
     """
     tokens = (hp.max_window - BLOCK // 2) * step / hp.num_iterations
     return next_multiple_of_n(tokens, n=BLOCK) // BLOCK
@@ -243,7 +244,7 @@ def scaled_mm(
     )
 
 
-# Without Triton, as on a CPU, it would warn that it cannot look for Triton's kernels in them.
+# Without Triton, as on a CPU, torch would warn here that it finds no kernels in these operators.
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
@@ -291,7 +292,7 @@ mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
 # "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
 
 
-# The name of torch 2.13, and the one before.
+# torch 2.13 renamed all_gather_into_tensor to all_gather_single.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
@@ -301,8 +302,9 @@ def zeropower_via_newtonschulz5(
     """About the nearest orthogonal matrix: U S V^T becomes U S' V^T with S' between 0.7 and 1.2.
 
     Each step applies an odd polynomial of degree five to all singular values, in matmuls alone. Its
-    coefficients make it as steep at zero as can be: small values grow 3.4-fold a step, and that
-    large ones hover around 1 does no harm. "Old Optimizer, New Norm" (Bernstein & Newhouse, 2024).
+    coefficients give the steepest slope at zero: small values grow 3.4-fold a step. The price is
+    that large ones hover around 1 instead of reaching it, which does no harm. "Old Optimizer, New
+    Norm" (Bernstein & Newhouse, 2024).
     G: (..., rows, cols), of any float dtype. The result has its shape, in `dtype`.
     """
     if G.ndim < 2:
@@ -329,8 +331,9 @@ class Muon(torch.optim.Optimizer):
     of which every process owns an equal share (the last ones perhaps less). A process reads the
     gradients of the parameters it owns, keeps their momentum, and sends their updates to all.
 
-    lr is the length of a step. It is multiplied by a parameter's attribute `lr_mul`, if it has one,
-    and by sqrt(rows / cols) for a tall matrix, so that its output changes as much as a wide one's.
+    lr scales the orthogonal update. It is multiplied by a parameter's attribute `lr_mul`, if it has
+    one, and by sqrt(rows / cols) for a tall matrix, so that its output changes as much as a wide
+    one's.
     """
 
     def __init__(
@@ -596,7 +599,8 @@ class GPT(nn.Module):
 
     fp8: matmuls in FP8 where the hardware can: "none", "head", or "all", with the hidden ones.
     dtype: of the activations and the embeddings; the other weights are float32.
-    train_seq_len: tokens of a micro-step, to whose mean loss the scale of FP8 gradients belongs.
+    train_seq_len: tokens of a micro-step. The more there are, the smaller the gradients of their
+    mean loss, which the scale of FP8 gradients makes up for.
     """
 
     def __init__(
@@ -643,9 +647,9 @@ class GPT(nn.Module):
         """The long and the short mask for ids (T,), T a multiple of 128, and a 0-d int32 window W.
 
         Query block i sees the key blocks i - W < j <= i, with max(1, W // 2) for W in the short
-        mask; in them query q sees key k when k <= q and both are of one document. This looks at
-        whole blocks alone. Blocks in which every query sees every key are listed apart, so that
-        the kernel skips the mask there. The nearest blocks come first.
+        mask; in them query q sees key k when k <= q and both are of one document. It is worked out
+        from the documents of each block's first and last token. Blocks in which every query sees
+        every key are listed apart, so that the kernel skips the mask there. The nearest come first.
         """
         if input_seq.ndim != 1 or input_seq.numel() % BLOCK:
             raise ValueError(f"ids must be (T,), T a multiple of 128, got {tuple(input_seq.shape)}")
@@ -654,8 +658,8 @@ class GPT(nn.Module):
         last = document.view(-1, BLOCK)[:, -1]
         j = torch.arange(first.numel(), dtype=torch.int32, device=input_seq.device)
         i = j[:, None]
-        # Block j < i shares a document with i when it ends in the one where i begins, and is of
-        # that document alone when it begins in the one where i ends.
+        # Block j < i shares a document with block i when it ends in the one where i begins. From j
+        # to i all is one document when j begins in the one where i ends.
         shared = (j <= i) & (last == first[:, None]) | (j == i)
         full = (j < i) & (first == last[:, None])
 
@@ -719,7 +723,8 @@ class GPT(nn.Module):
         """Sum of the cross-entropies of what `hidden` returned.
 
         Logits between 0 and 30 need no shift before exp. The target's logit is taken by a sum over
-        the row, which the compiler fuses; a gather would store and fill float32 (T, vocabulary).
+        the row, which the compiler fuses; the backward pass of a gather would fill a float32 tensor
+        of (T, vocabulary).
         """
         logits = self.logits(hidden)
         vocabulary = torch.arange(logits.size(-1), device=logits.device)
@@ -892,7 +897,7 @@ def build_optimizers(
         dict(params=scalars, lr=hp.scalar_lr),
     ]
     # Gradients of a mean over many tokens are small, and Adam's usual eps of 1e-8 would not be
-    # small beside them. The other side of 1e-10: while the projections are still zero, the
+    # small beside them. The drawback of 1e-10: while the projections are still zero, the
     # gradients of the mixing weights, zero on paper, are rounding errors of 1e-10 to 3e-9, which
     # Adam turns into full steps. Runs that differ in rounding alone differ from there on.
     adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
@@ -1026,23 +1031,23 @@ class Machine:
         Raises UserError where there are fewer GPUs than processes, or one without bfloat16.
         """
         variables = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)
-        place = [int(os.environ.get(name, default)) for name, default in variables]
+        ranks = [int(os.environ.get(name, default)) for name, default in variables]
         if not torch.cuda.is_available():
             keep_freed_memory()
             name = f"CPU, {cpu_model()}, {torch.get_num_threads()} threads a process"
             # Other CPUs imitate bfloat16, slowly.
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *place)
+            return cls(torch.device("cpu"), name, torch.bfloat16 if fast else torch.float32, *ranks)
         count = torch.cuda.device_count()
-        if place[1] >= count:
+        if ranks[1] >= count:
             raise UserError(
-                f"{count} GPU(s) found here, and process {place[1]} would need one more; start "
+                f"{count} GPU(s) found here, and process {ranks[1]} would need one more; start "
                 f"--nproc_per_node={count}."
             )
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # an older name of the same
             # Segments that can grow lose less memory to fragmentation.
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        device = torch.device("cuda", place[1])
+        device = torch.device("cuda", ranks[1])
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -1050,7 +1055,7 @@ class Machine:
                 f"{name} has no bfloat16; use an Ampere or newer GPU, or the CPU by "
                 "CUDA_VISIBLE_DEVICES='' and --preset tiny."
             )
-        return cls(device, name, torch.bfloat16, *place)
+        return cls(device, name, torch.bfloat16, *ranks)
 
     @property
     def is_gpu(self) -> bool:
@@ -1072,8 +1077,8 @@ class Machine:
     def map(self, function, items, accumulates: bool = False) -> list:
         """`function` of each item; on a CPU two at a time, which suits small tensors better.
 
-        accumulates: the function adds to gradients. Of more than two, the sum would depend on which
-        came first, so then only two items run side by side.
+        accumulates: the function adds to gradients. Two of them add up the same in either order,
+        three do not: then more than two items run one after another.
         """
         if self.pool is None or (accumulates and len(items) != 2):
             return [function(item) for item in items]
@@ -1249,7 +1254,7 @@ def check_settings(hp: Hyperparameters, preset: str, machine: Machine):
 
 
 def check_limits(name: str, value, least=0, most=math.inf, multiple_of=None, **_):
-    """Raise UserError where a number is outside of its limits; least of all it is negative."""
+    """Raise UserError where a number is outside of its limits; without any, it is at least 0."""
     if not isinstance(value, (int, float)):
         return
     if multiple_of and (value < multiple_of or value % multiple_of):
@@ -1313,7 +1318,8 @@ class StopSignals(contextlib.ExitStack):
 def process_group(machine: Machine, facts: dict[str, str], timeout: int):
     """The processes of a run, where there are several, which have to agree on the facts.
 
-    Raises UserError in all of them where they do not. When one is lost, the others say so and end.
+    Raises UserError in all of them where they do not. When one is lost, gloo lets the others say so
+    and end; NCCL's own watchdog ends them, after the timeout, and tells which collective waited.
     """
     if machine.world_size == 1:
         yield
@@ -1470,6 +1476,7 @@ def read_checkpoint(path: Path) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = int(state["format"])
         if found == CHECKPOINT_FORMAT:
+            # Every entry has to be there, and of the type that it has in BEGINNING.
             state |= {name: type(value)(state[name]) for name, value in BEGINNING.items()}
     except Exception as error:  # anything may be in a file
         raise UserError(
@@ -1562,7 +1569,7 @@ class Log:
         """Do what a full disk shall not end the training by; say its failure once."""
         try:
             action(*args)
-        except (OSError, RuntimeError) as error:  # torch makes the latter out of the former
+        except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
             if what not in self.failing:
                 say(f"{what} cannot be written ({error.__context__ or error}); training goes on.")
             self.failing.add(what)
@@ -1645,6 +1652,7 @@ class Log:
 
     def save(self, step: int, state: dict):
         """Write a checkpoint, LOG_DIR/RUN_ID/step_*.pt, on process 0."""
+        self.flush()
         if self.machine.rank > 0:
             return
         state |= dict(format=CHECKPOINT_FORMAT, step=step, run_id=self.run_id)
@@ -1661,9 +1669,12 @@ class Log:
 
     def stopped(self, step: int, number: int) -> int:
         """Say that the run was stopped after `step` steps; returns the exit code."""
-        how = f"to go on, repeat the command with --resume {self.last_checkpoint}"
-        if not self.last_checkpoint:
-            how = "nothing is saved" + ", for want of --save_every" * (self.hp.save_every == 0)
+        if self.last_checkpoint:
+            how = f"to go on, repeat the command with --resume {self.last_checkpoint}"
+        elif self.hp.save_every:
+            how = "nothing is saved"
+        else:
+            how = "nothing is saved, for want of --save_every"
         if self.machine.rank == 0:
             name = signal.Signals(number).name
             say(f"stopped by {name} after step {step} of {self.hp.num_iterations}; {how}.")
@@ -1716,13 +1727,13 @@ def describe_run(hp: Hyperparameters, machine: Machine, train_loader, val_loader
 
 def open_data(hp: Hyperparameters, machine: Machine) -> tuple:
     """The loaders of the training and of the validation tokens. Raises UserError."""
-    place = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
+    share = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
     train_tokens = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len
     train_loader = DistributedDataLoader(
-        hp.train_files, hp.train_seq_len, num_tokens=train_tokens, repeat=hp.repeat, **place
+        hp.train_files, hp.train_seq_len, num_tokens=train_tokens, repeat=hp.repeat, **share
     )
     val_loader = DistributedDataLoader(
-        hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **place
+        hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **share
     )
     if train_loader.vocab_size != val_loader.vocab_size:
         raise UserError(
@@ -1785,9 +1796,11 @@ def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
     boundary = model.vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((int(window) * BLOCK,), boundary, dtype=torch.int32, device=window.device)
+    # FlexAttention heeds the lists of blocks only where it is compiled.
+    hidden = torch.compile(model.hidden, dynamic=False) if ids.is_cuda else model.hidden
     length = 1
     while length <= min(num_tokens, len(ids) - 1):
-        logits = model.logits(model.hidden(ids, window)[length - 1])
+        logits = model.logits(hidden(ids, window)[length - 1])
         probabilities = logits[: model.vocab_size].softmax(-1).cpu()
         ids[length] = torch.multinomial(probabilities, 1, generator=generator).item()
         if ids[length] == boundary:
@@ -1803,7 +1816,7 @@ def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
 
 
 class Run:
-    """All that can be wrong with one process alone, prepared before processes meet.
+    """What each process prepares by itself, before they meet.
 
     Raises UserError where something is.
     """
@@ -1869,7 +1882,7 @@ def train(run: Run, signals: StopSignals) -> int:
         signals.in_steps = not hp.eval_only
         for step in range(first, last + 1):
             window = set_schedule(optimizers, step, hp, machine)
-            validated = resumed and step == first and not hp.eval_only  # by the run before
+            validated = resumed and step == first and not hp.eval_only  # the run before did it
             if due(step, hp.val_loss_every, last) and not validated:
                 with log.clock_stopped():
                     loss = validate(model, run.val_loader, window, machine)
