@@ -1615,10 +1615,11 @@ class Log:
             start = self.step_tokens * (max(step, 1) - 1)
             end = start + self.step_tokens - 1
             first, last = start // self.loader.seq_len, end // self.loader.seq_len
-            files = {self.loader.files[self.loader.shard_at(t)] for t in range(start, end + 1)}
+            shards = dict.fromkeys(map(self.loader.shard_at, range(start, end + 1)))
+            files = " and ".join(self.loader.files[shard] for shard in shards)
             raise UserError(
                 f"the loss of step {step} is {loss}, on sequences {first} to {last} (tokens "
-                f"{start} to {end}) out of {' and '.join(sorted(files))}; the last checkpoint: "
+                f"{start} to {end}) out of {files}; the last checkpoint: "
                 f"{self.last_checkpoint or 'none'}."
             )
 
@@ -1788,18 +1789,19 @@ def out_of_memory(hp: Hyperparameters, machine: Machine) -> str:
 
 @torch.no_grad()
 def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
-    """Draw a document from the model, as text: at most num_tokens, and at most the window.
+    """Draw a document from the model, as text: at most num_tokens, and no more than the window.
 
     GPT-2's tokens need tiktoken to become text; without it they are shown as numbers.
     """
     model.eval()
     boundary = model.vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((int(window) * BLOCK,), boundary, dtype=torch.int32, device=window.device)
+    context = min(int(window) * BLOCK, model.train_seq_len)
+    ids = torch.full((context,), boundary, dtype=torch.int32, device=window.device)
     # FlexAttention heeds the lists of blocks only where it is compiled.
     hidden = torch.compile(model.hidden, dynamic=False) if ids.is_cuda else model.hidden
     length = 1
-    while length <= min(num_tokens, len(ids) - 1):
+    while length <= min(num_tokens, context - 1):
         logits = model.logits(hidden(ids, window)[length - 1])
         probabilities = logits[: model.vocab_size].softmax(-1).cpu()
         ids[length] = torch.multinomial(probabilities, 1, generator=generator).item()
