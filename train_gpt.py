@@ -1180,7 +1180,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_bool(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
+    return ("false", "true").index(text.lower()) == 1
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
