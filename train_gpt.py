@@ -1345,8 +1345,8 @@ def process_group(machine: Machine, facts: dict[str, str], timeout: int):
         yield
         dist.barrier()
     except RuntimeError as error:
-        # gloo raises plain RuntimeErrors, which name its source file.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        # gloo raises plain RuntimeErrors, which name its source file or speak of a pair.
+        if not isinstance(error, dist.DistError) and not re.search("gloo|pair closure", str(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold communication that is under way
         call_the_roll(store, machine)
@@ -1361,6 +1361,8 @@ def call_the_roll(store, machine: Machine) -> None:
 
     Those who still wait in one hear of it when this process leaves the group, and answer as well.
     """
+    # A store on a host that is cut off keeps its clients waiting for many minutes.
+    threading.Timer(20, leave_unanswered).start()
     if dist.is_initialized():
         dist.destroy_process_group()
     try:
@@ -1370,11 +1372,15 @@ def call_the_roll(store, machine: Machine) -> None:
         ranks = range(machine.world_size)
         present = [rank for rank in ranks if store.check([f"present {rank}"])]
     except RuntimeError:
-        say("the launcher of process 0 does not answer; the run has ended.")
-        return
+        leave_unanswered()
     if machine.rank == present[0]:
         missing = ", ".join(str(rank) for rank in ranks if rank not in present)
         say(f"process {missing} gave no answer: killed, stopped or cut off; the run has ended.")
+
+
+def leave_unanswered() -> None:
+    say("the launcher of process 0 does not answer; the run has ended.")
+    os._exit(1)
 
 
 def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str) -> None:
