@@ -1931,7 +1931,7 @@ def main(argv: list[str] | None = None) -> int:
     # What all processes of a machine meet is said once: when the first ends, torchrun ends the
     # others, while they wait here.
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(2)
+        time.sleep(10)
     say(sentence)
     return 2
 
