@@ -1342,8 +1342,8 @@ def process_group(machine: Machine, facts: dict[str, str], timeout: int):
         yield
         dist.barrier()
     except RuntimeError as error:
-        # gloo raises plain RuntimeErrors, which name its source file.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        # gloo raises plain RuntimeErrors, which name its source file or speak of a pair.
+        if not isinstance(error, dist.DistError) and not re.search("gloo|pair closure", str(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold communication that is under way
         call_the_roll(store, machine, error)
@@ -1358,6 +1358,8 @@ def call_the_roll(store, machine: Machine, error: RuntimeError):
 
     Those who still wait in one hear of it when this process leaves the group, and answer as well.
     """
+    # On a host that is cut off, the store would keep its clients waiting for many minutes.
+    threading.Timer(20, end_unanswered).start()
     if dist.is_initialized():
         dist.destroy_process_group()
     try:
@@ -1367,13 +1369,18 @@ def call_the_roll(store, machine: Machine, error: RuntimeError):
         ranks = range(machine.world_size)
         present = [rank for rank in ranks if store.check([f"present {rank}"])]
     except RuntimeError:
-        say("the launcher of process 0 does not answer; the run has ended.")
-        return
+        end_unanswered()
     missing = ", ".join(str(rank) for rank in ranks if rank not in present)
     if machine.rank == present[0] and missing:
         say(f"process {missing} gave no answer: killed, stopped or cut off; the run has ended.")
     elif not missing:
         say(f"all processes are there, but their communication failed: {error}")
+
+
+def end_unanswered():
+    """End this process where not even the launcher's store can be reached."""
+    say("the launcher of process 0 does not answer; the run has ended.")
+    os._exit(1)
 
 
 def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str):
@@ -1926,7 +1933,7 @@ def main(argv: list[str] | None = None) -> int:
     # What all processes of a machine meet is said once: when the first ends, torchrun ends the
     # others, while they wait here.
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(2)
+        time.sleep(10)
     say(sentence)
     return 2
 

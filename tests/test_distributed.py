@@ -57,7 +57,9 @@ SMALL = dict(
 )
 ENDLESS = SMALL | dict(num_iterations=100000, seqs_per_step=4)
 
-SPREAD = 1e-5  # TODO
+# How far losses of 60 steps on different numbers of processes may lie apart. Measured, from
+# projections that are not zero: 5e-7 on 2 and 4 processes, 1e-6 on 8, at losses of 3.5 to 6.
+SPREAD = 5e-6
 
 
 def write_shard(path, length, seed):
@@ -323,7 +325,9 @@ def test_clean_end(curve, processes):
     """Exit code 0, nothing on stderr, the process group left, nobody there any more, one log; and
     each line printed once."""
     run, records = curve(processes)
-    assert not any(run.errors)
+    assert not any(run.sentences)
+    if len(run.launchers) == 1:  # of two launchers one may note that the other's store has gone
+        assert not any(run.errors)
     assert not run.survivors
     assert not any(record["group is left"] for record in records)
     assert [path.name for path in (run.folder / "logs").iterdir()] == ["run.txt"]
@@ -364,7 +368,8 @@ def sent(monkeypatch):
 
 
 def small_network():
-    hp = train_gpt.Hyperparameters(**SMALL)
+    """One of whose parameters all are used."""
+    hp = train_gpt.Hyperparameters(**SMALL | dict(attention_free_layers=(3,)))
     model = train_gpt.build_model(hp, 257, pretend())
     return hp, model, train_gpt.build_optimizers(model, hp, pretend())
 
@@ -551,7 +556,7 @@ def test_bad_input_that_all_processes_meet_is_said_once(start, shards, tmp_path)
 
 
 def test_a_machine_without_shards_by_torchrun(start, shards, tmp_path):
-    """It says what it lacks, and the other that it does not come."""
+    """It says what it lacks; the other says that it does not come, unless torchrun ends it first."""
     none = shards | dict(train_files=tmp_path / "nothing_*.bin")
     options = two_machines()
     commands = [
@@ -562,9 +567,11 @@ def test_a_machine_without_shards_by_torchrun(start, shards, tmp_path):
     assert all(run.codes)
     assert not run.survivors
     assert not run.log
-    (here,), (there,) = run.sentences
+    here, (there,) = run.sentences
     assert "nothing_*.bin" in there
-    assert "gave no answer" in here or "launcher" in here
+    for sentence in here:
+        assert "gave no answer" in sentence or "launcher" in sentence
+    assert f'File "{SCRIPT}"' not in "".join(run.errors)
 
 
 # --------------------------------------------------------------------------------------------------

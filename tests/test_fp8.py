@@ -225,11 +225,11 @@ def network(**options):
 def test_head_scales_its_gradient_by_the_tokens_of_a_micro_step(tokens):
     head = network(train_seq_len=tokens).lm_head
     assert (head.x_s, head.w_s) == (2.0, 512.0)
-    assert head.grad_s == pytest.approx(524288.0 * tokens / (48 * 1024))
+    assert head.scales[2] == pytest.approx(524288.0 * tokens / (48 * 1024))
 
 
 def test_tokens_of_a_micro_step_are_those_of_the_longest_sequence_unless_said():
-    assert network().lm_head.grad_s == 524288.0
+    assert network().lm_head.scales[2] == 524288.0
 
 
 def test_run_derives_the_scale_from_the_training_sequence_and_not_the_validation_sequence(
@@ -245,7 +245,7 @@ def test_run_derives_the_scale_from_the_training_sequence_and_not_the_validation
         dtype="bfloat16",
     )
     head = train_gpt.build_model(hp, 257, CPU).lm_head
-    assert head.grad_s == pytest.approx(524288.0 * 3072 / (48 * 1024))
+    assert head.scales[2] == pytest.approx(524288.0 * 3072 / (48 * 1024))
 
 
 @pytest.mark.parametrize(
