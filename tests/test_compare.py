@@ -118,7 +118,7 @@ s:{step} tel:{x}
 peak memory allocated: {a} MiB reserved: {r} MiB
 """'''
 
-NVIDIA_SMI = """| NVIDIA-SMI 555.42.06              Driver Version: 555.42.06      CUDA Version: 12.5     |
+NVIDIA_SMI = """| NVIDIA-SMI 555.42.06     Driver Version: 555.42.06     CUDA Version: 12.5 |
 | GPU  Name                 Persistence-M | Bus-Id          Disp.A | Volatile Uncorr. ECC |
 |=========================================+========================+======================|
 |   0  NVIDIA H100 80GB HBM3          Off |   00000000:18:00.0 Off |                    0 |
@@ -317,9 +317,9 @@ def test_four_standard_errors_below_is_proven(tmp_path):
 
 
 def test_runs_still_needed(tmp_path):
-    # One standard deviation below the target, t is sqrt(n): 2.828 at n = 8 and 3 at n = 9. Tables of
-    # the one-sided 1% point have 2.998 (7 degrees of freedom) and 2.896 (8): nine runs are needed,
-    # six more than these three.
+    # One standard deviation below the target, t is sqrt(n): 2.828 at n = 8 and 3 at n = 9, where
+    # tables of the one-sided 1% point have 2.998 (7 degrees of freedom) and 2.896 (8). So nine runs
+    # are needed, six more than these three.
     summary = compare.summarize("x", runs_of(tmp_path, [3.278, 3.279, 3.280]), 3.28)
     assert summary["p"] == pytest.approx(t_below(-math.sqrt(3), 2), rel=1e-6)
     assert summary["verdict"] == "not proven: 6 more runs at this spread would be needed"
