@@ -167,13 +167,15 @@ def read_machine(lines):
 
 
 def read_settings(lines):
-    """The "name: value" lines between two lines of "=", which stand behind the script's source."""
-    settings, inside = {}, False
+    """The "name: value" lines between two lines of "=", which stand behind the script's source.
+
+    A resumed run writes them again, and the last ones count."""
+    settings, block, inside = {}, {}, False
     for line in lines:
         if line.startswith(b"=" * 20) and not line.strip(b"="):
-            inside = not inside
+            settings, block, inside = block or settings, {}, not inside
         elif inside and (setting := SETTING.fullmatch(line)):
-            settings[setting[1].decode()] = setting[2].decode(errors="replace")
+            block[setting[1].decode()] = setting[2].decode(errors="replace")
     return settings
 
 
@@ -591,6 +593,20 @@ def loss_limits(runs, target):
     return min(shown) - margin, max(shown) + margin, target
 
 
+def plain(text):
+    """Text as it is: matplotlib would set what stands between two "$" as a formula."""
+    return text.replace("$", r"\$")
+
+
+def picture_title(runs, shared):
+    """What a picture shows: a single run with its result, or how many there are in which folder."""
+    if len(runs) > 1:
+        return f"Validation loss of {len(runs)} runs" + (f" in {shared}" if shared else "")
+    (run,) = runs
+    result = f": {run.loss:.4f} after step {run.validations[-1].step}" if run.validations else ""
+    return run.name + result
+
+
 def draw(groups, file, target=None):
     """Validation loss against steps and against time, saved as PNG or SVG. Each group has its own
     colour; the runs of a single group have one each where they are few and no repetitions. Without
@@ -599,9 +615,6 @@ def draw(groups, file, target=None):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-
-    def plain(text):  # matplotlib would set what stands between two "$" as a formula
-        return text.replace("$", r"\$")
 
     runs = [run for members in groups.values() for run in members]
     sets = groups
@@ -634,9 +647,9 @@ def draw(groups, file, target=None):
         axis.set(xlabel=unit, xlim=(0, None), ylim=(low, high))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss (nats per token)")
-    count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
-    figure.suptitle(plain(f"Validation loss of {count}" + (f" in {shared}" if shared else "")))
-    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(plain(picture_title(runs, shared)))
+    if len(legend) > 1 or runs[0].seconds is None:  # of one run the title says it all
+        figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file, dpi=120)
 
 

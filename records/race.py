@@ -5,19 +5,16 @@
     python records/race.py a.py b.py my-branch --base main --at 1.9 --plot --preset tiny
 
 A candidate, or the base, is a script, a git revision (its train_gpt.py) or, where none is named,
-the working tree's train_gpt.py. Candidates come first; every flag that is not listed in --help goes
-to the trainer. Each version is copied at the start, so the files may be edited during a race.
+the working tree's train_gpt.py. Candidates come first; flags that --help does not list go to the
+trainer. Each version is copied at the start, so the files may be edited during a race.
 
-The versions run one at a time and seed by seed, in turns, so that a machine whose speed drifts is
-fair to all. Everything is paired by seed: the difference of the final loss, the ratio of the step
-times, and with --at the steps and seconds to a loss, each with its 95% interval. The number of
-seeds is fixed beforehand: before all have run there is no verdict, for who stops at a lucky moment
-always finds a gain.
+The versions run in turns, seed by seed, so that a machine whose speed drifts is fair to all. Runs
+of one seed are compared with each other, and each difference has its 95% interval. There is no
+verdict before all seeds have run, for who stops at a lucky moment always finds a gain.
 
-Ctrl-C ends the race after the current run, a second one at once. The same command goes on later.
-All logs, which contain their scripts, stay in a folder (--out), whose README.md holds the command
-and the result. Exit code: 0 with a result, 1 where a version crashed or ran under other conditions,
-2 for a mistake in the command, 130 where interrupted.
+Ctrl-C ends the race after the current run, a second one at once; the same command goes on later.
+The logs and a README.md with the result are in the folder --out. Exit code: 0 with a result, 1
+where a version crashed or ran under other conditions, 2 for a mistake, 130 where interrupted.
 """
 
 import argparse
@@ -115,13 +112,13 @@ def read_script(name):
 
 def make_labels(names):
     """A short name for each version, fit for a folder and different from all others."""
-    short = [Path(name).stem if Path(name).is_file() else name for name in names]
     labels = []
-    for name, label in zip(names, short, strict=True):
-        label = label if short.count(label) == 1 else name  # two train_gpt.py in different folders
-        label = re.sub(r"[^\w.~^-]+", "_", label).strip("_.") or "working_tree"
-        again = labels.count(label) + 1
-        labels.append(label if again == 1 else f"{label}_{again}")
+    for name in names:
+        short = Path(name).stem if Path(name).is_file() else name
+        label = re.sub(r"[^\w.~^-]+", "_", short).strip("_.") or "working_tree"
+        while label in labels:
+            label += "_again"
+        labels.append(label)
     return labels
 
 
@@ -262,16 +259,12 @@ def end_process(process):
 
 
 def said(output):
-    """The line of a failed run's output that tells most."""
-    lines = output.read_text(errors="replace").splitlines()
-    lines = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
-    errors = [
-        line
-        for line in lines
-        if re.match(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)\b|\w+\.py: )", line)
-        and "ChildFailedError" not in line  # torchrun's own, which says that there was another
-    ]
-    return (errors or lines)[-1]
+    """The line of a failed run's output that tells most: its last error, or else its last line."""
+    lines = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    # torchrun's own ChildFailedError only says that there was another one.
+    error = re.compile(r"(\[rank\d+\]: )?(?!.*ChildFailed)([\w.]*(Error|Exception)\b|\w+\.py: )")
+    errors = [line for line in lines if error.match(line)]
+    return (errors or lines or ["it said nothing"])[-1].strip()
 
 
 def run_once(race, version, seed, script, bar, interrupts):
@@ -373,15 +366,12 @@ def run_all(race, interrupts):
 def compare_settings(base, version):
     """What the logs of two versions tell of settings: sentences on those that the scripts set
     differently, and on those that no script sets, which make a comparison unfair."""
-    values = []
-    for runs in (base.runs, version.runs):
-        settings = [run.settings for run in runs.values()]
-        names = {name: None for each in settings for name in each}
-        values.append({name: sorted({each.get(name, "-") for each in settings}) for name in names})
-    ours, theirs = values
+    ours, theirs = (
+        [run.settings for run in each.runs.values()] or [{}] for each in (version, base)
+    )
     changed, unfair = [], []
-    for name in theirs | ours:
-        here, there = theirs.get(name, ["-"]), ours.get(name, ["-"])
+    for name in dict.fromkeys(name for settings in theirs + ours for name in settings):
+        here, there = (sorted({each.get(name, "-") for each in logs}) for logs in (ours, theirs))
         if name in compare.VARYING | {"script"} or (here == there and len(here) == 1):
             continue
         text = f"{name} is {' or '.join(here)} in {version.label}"
@@ -418,12 +408,15 @@ def table(rows, complete):
         means = [compare.number(result[side]["mean"], digits) for side in "ab"]
         form = "x{:.3f}" if ratio else f"{{:+.{digits}f}}"
         change = "-" if result["difference"] is None else form.format(result["difference"])
-        lacking = result["verdict"].startswith("no comparison")
-        interval = "a run has no value" if lacking else "no spread"
-        if result["interval"]:
-            interval = " to ".join(map(form.format, result["interval"]))
+        interval = "no spread"
         if not complete:
             interval = "-"
+        elif result["interval"]:
+            interval = " to ".join(map(form.format, result["interval"]))
+        elif result["verdict"].startswith("no comparison"):
+            interval = "a run has no value"
+        elif result["verdict"].startswith("equal"):
+            interval = "the same with every seed"
         cells.append([title, *means, change, f"  {interval}"])
     return list(compare.table_lines(cells))
 
@@ -435,9 +428,8 @@ def verdict(base, version, rows):
     ending = ""
     if time["interval"] and not time["interval"][0] <= 1 <= time["interval"][1]:
         percent = 100 * (time["difference"] - 1)
-        ending = (
-            f", and a step takes {abs(percent):.1f}% {'longer' if percent > 0 else 'less time'}"
-        )
+        much = f"{percent:.1f}% longer" if percent > 0 else f"{-percent:.1f}% less time"
+        ending = f", and a step takes {much}"
     if interval and not interval[0] <= 0 <= interval[1]:
         word, direction = ("better", "lower") if change < 0 else ("worse", "higher")
         text = f"{version.label} is {word} than {base.label}: its final loss is {direction}"
@@ -486,10 +478,6 @@ def write_readme(race, argv, lines, picture):
     (race.out / "README.md").write_text("\n".join(text))
 
 
-def break_line(line):
-    return [line] if len(line) <= 80 else textwrap.wrap(line, 80)
-
-
 def report(race, argv, parser, arguments):
     """Print and keep the result. Returns whether every candidate was compared without a flaw."""
     lines, flawless = [], True
@@ -503,7 +491,9 @@ def report(race, argv, parser, arguments):
             "",
         ]
     # Tables and short lines stay as they are; long sentences are broken for a narrow terminal.
-    lines = [part for line in lines for part in break_line(line)]
+    lines = [
+        part for line in lines for part in (textwrap.wrap(line, 80) if len(line) > 80 else [line])
+    ]
     print("\n" + "\n".join(lines[:-1]))
     groups = {each.label: list(each.runs.values()) for each in race.versions if each.runs}
     picture = arguments.plot and bool(groups)
@@ -523,7 +513,7 @@ def main(argv=None):
         parser.error(str(error))
     kept = sum(len(version.runs) for version in race.versions)
     total = len(race.versions) * len(race.seeds)
-    labels = " and ".join(version.label for version in race.versions)
+    labels = " and ".join([", ".join(each.label for each in race.candidates), race.base.label])
     seeds = f"seeds {race.seeds[0]} to {race.seeds[-1]}"
     print(f"{total} runs: {labels}, {seeds}" + (f"; {kept} are there already" if kept else ""))
     ended = run_all(race, Interrupts())

@@ -1,11 +1,12 @@
-"""Tests of records/compare.py: every log form, the statistics against values worked out by hand, the command line.
+"""Tests of records/compare.py: every log form, statistics against values worked out by hand, the
+command line.
 
 The speed of a long listing depends on the machine, so it is measured by hand and not tested:
 
     python tests/test_compare.py --bench      # 1,500 logs of 100 kB, seconds for one listing
 """
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -20,11 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "records" / "compare.py"
 SHARED = ROOT.parent / "shared" / "logs"
-
-spec = importlib.util.spec_from_file_location("compare", SCRIPT)
-compare = importlib.util.module_from_spec(spec)
-sys.modules["compare"] = compare
-spec.loader.exec_module(compare)
+sys.path.insert(0, str(ROOT / "records"))
+compare = importlib.import_module("compare")
 
 
 def write(path, *lines):
@@ -33,11 +31,20 @@ def write(path, *lines):
     return path
 
 
+def read(folder, *lines):
+    """The run in a log of these lines."""
+    return compare.read_log(write(folder / "a.txt", *lines))
+
+
+def validated(step, steps, loss, ms):
+    """The line of a validation, with 100 ms a step."""
+    return f"step:{step}/{steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:100.00ms"
+
+
 def run_log(path, loss, seconds=100.0, steps=1000):
     """A finished run: its losses fall from 10.8 over 3.5 half-way to the given one."""
-    half = f"step:{steps // 2}/{steps} val_loss:3.5000 train_time:{seconds * 500:.0f}ms step_avg:100.00ms"
-    last = f"step:{steps}/{steps} val_loss:{loss:.4f} train_time:{seconds * 1000:.0f}ms step_avg:100.00ms"
-    return write(path, f"step:0/{steps} val_loss:10.8258 train_time:0ms step_avg:nanms", half, last)
+    course = [(0, 10.8258, 0), (steps // 2, 3.5, seconds * 500), (steps, loss, seconds * 1000)]
+    return write(path, *(validated(step, steps, value, ms) for step, value, ms in course))
 
 
 def table_row(text, start):
@@ -55,66 +62,44 @@ def show(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Reading
 
 
 def test_oldest_form(tmp_path):
-    log = write(
-        tmp_path / "main.log",
-        "s:0 tel:10.968871",
-        "s:0 trl:10.965596 lr:0.000001 norm:15.37",
-        "s:1 trl:10.814037",
-        "s:128 tel:6.034447",
-        "s:128 trl:6.01",
-        "s:129 trl:6.00",
-        "s:256 tel:5.231128",
-    )
-    run = compare.read_log(log)
+    steps = ["s:0 tel:10.968871", "s:0 trl:10.965596 lr:0.000001 norm:15.37", "s:1 trl:10.814037"]
+    steps += ["s:128 tel:6.034447", "s:128 trl:6.01", "s:129 trl:6.00"]
+    run = read(tmp_path, *steps, "s:256 tel:5.231128")
     assert run.validations == [(0, 10.968871, None), (128, 6.034447, None), (256, 5.231128, None)]
-    assert (run.loss, run.seconds, run.step_avg_ms, run.total_steps, run.steps) == (
-        5.231128,
-        None,
-        None,
-        None,
-        256,
-    )
-    assert run.finished
-    write(log, "s:128 tel:6.034447", "s:129 trl:6.00")
-    assert not compare.read_log(log).finished
+    assert (run.loss, run.seconds, run.step_avg_ms) == (5.231128, None, None)
+    assert (run.total_steps, run.steps, run.finished) == (None, 256, True)
+    assert not read(tmp_path, *steps).finished
 
 
 def test_milliseconds_nan_average_and_fields_after_them(tmp_path):
-    log = write(
-        tmp_path / "a.txt",
-        "step:0/20 val_loss:10.9264 train_time:285ms step_avg:nanms",
+    first = "step:0/20 val_loss:10.9264 train_time:285ms step_avg:nanms"
+    run = read(
+        tmp_path,
+        first,
         "step:1/20 train_loss:10.9184 train_time:74701ms step_avg:nanms",
         "step:20/20 train_time:4300ms step_avg:215.00ms train_loss:3.2533 lr:0.1",
         "step:20/20 val_loss:3.2785 train_time:4326ms step_avg:216.33ms mfu:51.00% note:x:y",
         "peak memory allocated: 30724 MiB reserved: 45952 MiB",
     )
-    run = compare.read_log(log)
     assert run.validations == [(0, 10.9264, 0.285), (20, 3.2785, 4.326)]
-    assert (run.steps, run.total_steps, run.memory_mib, run.gpus, run.finished) == (
-        20,
-        20,
-        30724,
-        None,
-        True,
-    )
+    assert (run.steps, run.total_steps, run.finished) == (20, 20, True)
+    assert (run.memory_mib, run.gpus) == (30724, None)
     assert run.step_avg_ms == pytest.approx(216.33)
-    write(log, "step:0/20 val_loss:10.9264 train_time:285ms step_avg:nanms")
-    assert compare.read_log(log).step_avg_ms is None
+    assert read(tmp_path, first).step_avg_ms is None
 
 
 def test_seconds_and_older_memory_line(tmp_path):
-    log = write(
-        tmp_path / "a.txt",
+    run = read(
+        tmp_path,
         "step:0/50 val_loss:10.82584 train_time:0.001s step_avg:nanms",
         "step:50/50 val_loss:4.66393 train_time:22.870s step_avg:0.18295s",
         "peak memory consumption: 31000 MiB",
     )
-    run = compare.read_log(log)
     assert (run.loss, run.seconds, run.memory_mib) == (4.66393, 22.87, 31000)
     assert run.step_avg_ms == pytest.approx(182.95)
 
@@ -133,7 +118,7 @@ s:{step} tel:{x}
 peak memory allocated: {a} MiB reserved: {r} MiB
 """'''
 
-NVIDIA_SMI = """| NVIDIA-SMI 555.42.06              Driver Version: 555.42.06      CUDA Version: 12.5     |
+NVIDIA_SMI = """| NVIDIA-SMI 555.42.06     Driver Version: 555.42.06     CUDA Version: 12.5 |
 | GPU  Name                 Persistence-M | Bus-Id          Disp.A | Volatile Uncorr. ECC |
 |=========================================+========================+======================|
 |   0  NVIDIA H100 80GB HBM3          Off |   00000000:18:00.0 Off |                    0 |
@@ -153,11 +138,11 @@ def test_source_and_noise_are_not_a_run(tmp_path):
         "step:5/10 train_time:50ms step_avg:10ms",
         "step:10/10 val_loss:3.2 train_time:100ms step_avg:10.0ms",
     ]
-    run = compare.read_log(write(tmp_path / "a.txt", SOURCE, "=" * 100, NVIDIA_SMI, *steps))
+    run = read(tmp_path, SOURCE, "=" * 100, NVIDIA_SMI, *steps)
     assert run.validations == [(0, 10.8, 0.0), (10, 3.2, 0.1)]
     assert run.memory_mib is None
     source = SOURCE.replace("step:1770/1770", "for example")
-    assert compare.read_log(write(tmp_path / "b.txt", source, NVIDIA_SMI)) is None
+    assert read(tmp_path, source, NVIDIA_SMI) is None
 
 
 @pytest.mark.parametrize(
@@ -176,10 +161,7 @@ def test_source_and_noise_are_not_a_run(tmp_path):
     ],
 )
 def test_gpus(tmp_path, header, gpus):
-    log = write(
-        tmp_path / "a.txt", *header, "step:1/1 val_loss:3.2 train_time:100ms step_avg:10.0ms"
-    )
-    assert compare.read_log(log).gpus == gpus
+    assert read(tmp_path, *header, "step:1/1 val_loss:3.2 train_time:9ms step_avg:9ms").gpus == gpus
 
 
 BEFORE = "step:10/20 val_loss:3.5000 train_time:100ms step_avg:10.00ms\n"
@@ -190,23 +172,13 @@ BEFORE = "step:10/20 val_loss:3.5000 train_time:100ms step_avg:10.00ms\n"
     [
         ("step:20/2", 3.5, 10, 0.1),
         ("step:20/20 ", 3.5, 10, 0.1),
-        (
-            "step:20/20 val_loss:3.2",
-            3.5,
-            20,
-            0.1,
-        ),  # was 3.2788, say: the digits of the line above show it
+        ("step:20/20 val_loss:3.2", 3.5, 20, 0.1),  # was 3.2788, as the digits above it show
         ("step:20/20 val_loss:3.2788", 3.2788, 20, None),
         ("step:20/20 val_loss:3.2788 train_time:20", 3.2788, 20, None),
         ("step:20/20 val_loss:3.2788 train_time:200m", 3.2788, 20, None),
         ("step:20/20 val_loss:3.2788 train_time:200ms step_av", 3.2788, 20, 0.2),
         ("step:15/20 train_time:15", 3.5, 15, 0.1),
-        (
-            "step:20/20 val_loss:3.2\npeak mem",
-            3.2,
-            20,
-            None,
-        ),  # a shorter loss, but its line is whole
+        ("step:20/20 val_loss:3.2\npeak mem", 3.2, 20, None),  # shorter, but its line is whole
     ],
 )
 def test_cut_off_last_line(tmp_path, last, loss, steps, seconds):
@@ -218,39 +190,40 @@ def test_cut_off_last_line(tmp_path, last, loss, steps, seconds):
 
 
 def test_resumed_run_counts_its_later_lines(tmp_path):
-    log = write(
-        tmp_path / "a.txt",
-        "step:0/30 val_loss:9.0",
-        "step:10/30 val_loss:5.0",
-        "step:20/30 val_loss:4.5",
-        "step:10/30 val_loss:5.1",
-        "step:20/30 val_loss:4.4",
-        "step:30/30 val_loss:4.0",
-    )
-    assert compare.read_log(log).validations == [
-        (0, 9, None),
-        (10, 5.1, None),
-        (20, 4.4, None),
-        (30, 4, None),
-    ]
+    before = ["step:0/30 val_loss:9.0", "step:10/30 val_loss:5.0", "step:20/30 val_loss:4.5"]
+    after = ["step:10/30 val_loss:5.1", "step:20/30 val_loss:4.4", "step:30/30 val_loss:4.0"]
+    validations = read(tmp_path, *before, *after).validations
+    assert [(v.step, v.loss) for v in validations] == [(0, 9), (10, 5.1), (20, 4.4), (30, 4)]
 
 
 def test_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     form = "step:{0}/30 val_loss:{1} train_time:{0}ms step_avg:{2}ms".format
     before = [form(10, 5.0, 7.0), form(20, 4.5, 8.0), "step:25/30 train_time:25ms step_avg:1ms"]
-    log = write(
-        tmp_path / "a.txt", *before, "resumed from step 10", "step:11/30 train_time:11ms x:1"
-    )
-    run = compare.read_log(log)
+    resumed = "resumed from step 10 of logs/step_10.pt"
+    run = read(tmp_path, *before, resumed, "step:11/30 train_time:11ms x:1")
     assert [v.step for v in run.validations] == [10]
     assert (run.steps, run.step_avg_ms, run.finished) == (11, 7.0, False)
 
 
+def test_settings_are_those_of_the_last_start(tmp_path):
+    """A resumed run writes its script and its settings again."""
+
+    def started(*settings):
+        return [SOURCE, "=" * 100, "", *settings, "=" * 100]
+
+    first = started("hardware: CPU", "world_size: 2", "muon_lr: 0.05", "dropped: 1")
+    second = started("hardware: CPU", "world_size: 1", "muon_lr: 0.04")
+    line = "step:10/20 val_loss:5.0 train_time:10ms step_avg:1.0ms"
+    last = line.replace(":10/", ":20/")
+    run = read(tmp_path, *first, line, *second, "resumed from step 10 of x.pt", last)
+    assert run.settings == {"hardware": "CPU", "world_size": "1", "muon_lr": "0.04"}
+    assert [v.step for v in run.validations] == [10, 20] and run.finished
+
+
 def test_other_newlines_and_foreign_bytes(tmp_path):
     log = tmp_path / "a.txt"
-    log.write_bytes(
-        b"\xff\x00\r\nFetching 4 files: 25%\rstep:5/5 val_loss:3.25 train_time:7ms step_avg:1ms\r\n\xfe"
-    )
+    step = b"step:5/5 val_loss:3.25 train_time:7ms step_avg:1ms"
+    log.write_bytes(b"\xff\x00\r\nFetching 4 files: 25%\r" + step + b"\r\n\xfe")
     assert compare.read_log(log).validations == [(5, 3.25, 0.007)]
 
 
@@ -260,22 +233,15 @@ def test_folders_duplicates_and_files_without_a_run(tmp_path, capsys):
     write(tmp_path / "two words" / "empty note.txt", "nothing here")
     write(tmp_path / "two words" / "README.md", "step:1/1 val_loss:3.0 train_time:1ms")
     (tmp_path / "bare").mkdir()
-    code, out, err = show(
-        capsys,
-        tmp_path / "two words",
-        tmp_path / "bare",
-        tmp_path / "bare/../two words/run one.txt",
-    )
+    again = tmp_path / "bare/../two words/run one.txt"
+    code, out, err = show(capsys, tmp_path / "two words", tmp_path / "bare", again)
     assert code == 0
     assert err.splitlines() == [
         f"{tmp_path}/two words/empty note.txt: no run in this file",
         f"{tmp_path}/bare: no .txt or .log file in this folder",
     ]
-    assert [
-        line.split("two words/")[1].split("  ")[0]
-        for line in out.splitlines()
-        if "two words" in line
-    ] == ["deep/b.log", "run one.txt"]
+    rows = [line.split("two words/")[1] for line in out.splitlines() if "two words" in line]
+    assert [row.split("  ")[0] for row in rows] == ["deep/b.log", "run one.txt"]
 
 
 def test_unreadable_file_does_not_stop_the_rest(tmp_path, capsys, monkeypatch):
@@ -295,14 +261,9 @@ def test_unreadable_file_does_not_stop_the_rest(tmp_path, capsys, monkeypatch):
 
 
 def test_first_reach_is_interpolated():
-    curve = [
-        compare.Validation(0, 10.0, 0.0),
-        compare.Validation(100, 4.0, 20.0),
-        compare.Validation(200, 3.0, 30.0),
-    ]
-    assert compare.first_reach(curve, 3.25) == pytest.approx(
-        (175, 27.5)
-    )  # three quarters of the way from 4 to 3
+    curve = [compare.Validation(*point) for point in ((0, 10, 0.0), (100, 4, 20), (200, 3, 30))]
+    # Three quarters of the way from 4 to 3.
+    assert compare.first_reach(curve, 3.25) == pytest.approx((175, 27.5))
     assert compare.first_reach(curve, 4.0) == (100, 20)
     assert compare.first_reach(curve, 11.0) == (0, 0)
     assert compare.first_reach(curve, 2.9) == (None, None)
@@ -311,30 +272,21 @@ def test_first_reach_is_interpolated():
     assert compare.first_reach([curve[0]._replace(loss=math.nan), curve[1]], 5.0) == (100, 20)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Statistics
 
 
 def t_below(t, degrees, points=20_000):
     """P(T < t) for t < 0, by Simpson's rule over the density of Student's t from t to 0."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
-        degrees * math.pi
-    )
-    density = [
-        scale * (1 + (t * k / points) ** 2 / degrees) ** (-(degrees + 1) / 2)
-        for k in range(points + 1)
-    ]
-    area = sum(
-        density[k] * (1 if k in (0, points) else 4 if k % 2 else 2) for k in range(points + 1)
-    )
-    return 0.5 - area * abs(t) / points / 3
+    scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+    exponent = -(degrees + 1) / 2
+    density = [(1 + (t * k / points) ** 2 / degrees) ** exponent for k in range(points + 1)]
+    area = density[0] + density[-1] + 4 * sum(density[1::2]) + 2 * sum(density[2:-1:2])
+    return 0.5 - scale * area * abs(t) / points / 3
 
 
 def runs_of(tmp_path, losses, seconds=100.0):
-    logs = [
-        run_log(tmp_path / f"{index}.txt", loss, seconds + index)
-        for index, loss in enumerate(losses)
-    ]
+    logs = [run_log(tmp_path / f"{i}.txt", loss, seconds + i) for i, loss in enumerate(losses)]
     return [compare.read_log(log) for log in logs]
 
 
@@ -343,14 +295,12 @@ PUBLISHED = [3.2798, 3.2804, 3.2837, 3.2808, 3.2782, 3.2801, 3.283, 3.2825, 3.27
 
 
 def test_published_p_value(tmp_path):
-    pytest.importorskip("scipy")
     summary = compare.summarize("x", runs_of(tmp_path, PUBLISHED), 3.28)
     assert summary["p"] == pytest.approx(0.661, abs=5e-4)
-    assert (
-        summary["verdict"]
-        == "not proven: no number of runs would, the mean is not below the target"
-    )
-    # The squared deviations from the mean, in units of 1e-8, add up to 4696.9: sqrt(4696.9 / 9) = 22.845.
+    ending = "no number of runs would, the mean is not below the target"
+    assert summary["verdict"] == f"not proven: {ending}"
+    # The squared deviations from the mean, in units of 1e-8, add up to 4696.9, and
+    # sqrt(4696.9 / 9) = 22.845.
     assert summary["loss"] == pytest.approx(
         {"n": 10, "mean": 3.28031, "std": 0.0022845, "min": 3.2769, "max": 3.2837}, abs=1e-7
     )
@@ -358,8 +308,7 @@ def test_published_p_value(tmp_path):
 
 
 def test_four_standard_errors_below_is_proven(tmp_path):
-    pytest.importorskip("scipy")
-    # +-1 around the mean, ten values: the standard error is sqrt(10 / 9) / sqrt(10) = 1/3 of that unit.
+    # Ten values, +-1 around the mean: the standard error is sqrt(10 / 9) / sqrt(10) = 1/3.
     losses = [3.28 - 4 / 3 * 0.003 + sign * 0.003 for sign in (-1, 1) * 5]
     summary = compare.summarize("x", runs_of(tmp_path, losses), 3.28)
     assert summary["p"] == pytest.approx(t_below(-4, 9), rel=1e-6)
@@ -368,37 +317,26 @@ def test_four_standard_errors_below_is_proven(tmp_path):
 
 
 def test_runs_still_needed(tmp_path):
-    pytest.importorskip("scipy")
-    # One standard deviation below the target, t is sqrt(n): 2.828 at n = 8 and 3 at n = 9, where tables of the
-    # one-sided 1% point have 2.998 (7 degrees of freedom) and 2.896 (8): nine runs, six more than these three.
+    # One standard deviation below the target, t is sqrt(n): 2.828 at n = 8 and 3 at n = 9, where
+    # tables of the one-sided 1% point have 2.998 (7 degrees of freedom) and 2.896 (8). So nine runs
+    # are needed, six more than these three.
     summary = compare.summarize("x", runs_of(tmp_path, [3.278, 3.279, 3.280]), 3.28)
     assert summary["p"] == pytest.approx(t_below(-math.sqrt(3), 2), rel=1e-6)
     assert summary["verdict"] == "not proven: 6 more runs at this spread would be needed"
-    # A tenth of that distance: t is sqrt(n) / 10, that is 2.33238 at n = 544 and 2.33452 at n = 545; the 1% point is
-    # z + (z^3 + z) / (4 * 543) = 2.33322 there, with z = 2.32635 of the normal distribution.
+    # A tenth of that distance: t is sqrt(n) / 10, 2.33238 at n = 544 and 2.33452 at n = 545.
+    # The 1% point is z + (z^3 + z) / (4 * 543) = 2.33322 there, with the normal z = 2.32635.
     assert compare.runs_needed(3.2799, 0.001, 3, 3.28) == 545
-    for distance in (
-        0.0003,
-        0.0007,
-        0.0011,
-        0.0013,
-    ):  # in the search no number of runs may be skipped
-        needed = next(
-            n for n in range(2, 1000) if compare.p_value(3.28 - distance, 0.001, n, 3.28) < 0.01
-        )
-        assert compare.runs_needed(3.28 - distance, 0.001, 2, 3.28) == needed
+    for mean in (3.2797, 3.2793, 3.2789, 3.2787):  # in the search no number may be skipped
+        enough = (n for n in range(2, 1000) if compare.p_value(mean, 0.001, n, 3.28) < 0.01)
+        assert compare.runs_needed(mean, 0.001, 2, 3.28) == next(enough)
     at_target = compare.summarize("x", runs_of(tmp_path, AT_3_3), 3.3)
     assert at_target["verdict"].startswith("not proven: no number of runs would")
 
 
 def test_groups_without_a_p_value(tmp_path):
     one, two = runs_of(tmp_path, [3.27, 3.27])
-    cut = compare.read_log(
-        write(tmp_path / "cut.txt", "step:10/20 val_loss:3.1 train_time:5ms step_avg:1ms")
-    )
-    lost = compare.read_log(
-        write(tmp_path / "lost.txt", "step:20/20 val_loss:nan train_time:5ms step_avg:1ms")
-    )
+    cut = read(tmp_path, "step:10/20 val_loss:3.1 train_time:5ms step_avg:1ms")
+    lost = read(tmp_path, "step:20/20 val_loss:nan train_time:5ms step_avg:1ms")
     for runs, verdict in [
         ([one, cut], "not proven: one run has no p-value"),
         ([cut], "not proven: no finished run"),
@@ -412,8 +350,7 @@ def test_groups_without_a_p_value(tmp_path):
 
 
 def test_welch_by_hand():
-    pytest.importorskip("scipy")
-    # Variances 2 and 2, two runs each: standard error sqrt(2), 2 degrees of freedom, table value 4.3027.
+    # Variances 2 and 2, two runs each: standard error sqrt(2), 2 degrees of freedom, t 4.3027.
     result = compare.difference([1.0, 3.0], [2.0, 4.0])
     half = 4.3027 * math.sqrt(2)
     assert (result["difference"], result["verdict"]) == (-1, "within noise")
@@ -421,10 +358,10 @@ def test_welch_by_hand():
 
 
 def test_welch_of_unequal_spreads():
-    pytest.importorskip("scipy")
     a, b = [3.271, 3.274, 3.270, 3.273], [3.279, 3.291, 3.284]
     result = compare.difference(a, b)
-    # Deviations from the means, in thousandths: -1 2 -2 1, and -17/3 19/3 -2/3, whose squares add up to 654/9.
+    # Deviations from the means, in thousandths: -1 2 -2 1, and -17/3 19/3 -2/3, whose squares add
+    # up to 654/9.
     part_a, part_b = 10e-6 / 3 / 4, 654e-6 / 9 / 2 / 3
     degrees = (part_a + part_b) ** 2 / (part_a**2 / 3 + part_b**2 / 2)
     half = (result["interval"][1] - result["interval"][0]) / 2
@@ -446,11 +383,10 @@ def test_welch_of_unequal_spreads():
     ],
 )
 def test_verdicts_of_differences(a, b, verdict):
-    pytest.importorskip("scipy")
     assert compare.difference(a, b)["verdict"] == verdict
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Tables, JSON, plot
 
 
@@ -460,32 +396,22 @@ def two_sets(tmp_path):
     for index, loss in enumerate([3.270, 3.272, 3.274]):
         run_log(tmp_path / "old" / f"seed {index}.txt", loss, 200 + index)
         run_log(tmp_path / "new" / f"seed {index}.txt", loss - 0.02, 150 + index)
-    write(
-        tmp_path / "old" / "killed.txt",
-        "step:0/1000 val_loss:10.8 train_time:0ms step_avg:nanms",
-        "step:500/1000 val_loss:3.5 train_time:9000ms step_avg:18.0ms",
-        "step:612/1000 train_time:11000ms step_avg:",
-    )
+    course = validated(0, 1000, 10.8, 0), validated(500, 1000, 3.5, 9000)
+    write(tmp_path / "old" / "killed.txt", *course, "step:612/1000 train_time:11000ms step_avg:")
     return tmp_path
 
 
 def test_table_and_summary(two_sets, capsys):
-    pytest.importorskip("scipy")
     code, out, err = show(capsys, two_sets)
     assert (code, err) == (0, "")
-    header, seed = out.splitlines()[0].split(), table_row(out, f"{two_sets}/new/seed 0.txt").split()
-    assert " ".join(header) == "run steps val loss time (s) step avg (ms) peak (MiB) GPUs"
-    assert seed[-6:] == ["1000", "3.25000", "150.000", "100.00", "-", "-"]
-    assert table_row(out, f"{two_sets}/old/killed.txt").split()[-7:] == [
-        "612/1000",
-        "3.50000",
-        "9.000",
-        "18.00",
-        "-",
-        "-",
-        "unfinished",
-    ]
-    # Mean 8 thousandths below the target at a standard deviation of 2: t = -4 sqrt(3) with 2 degrees of freedom.
+    header = " ".join(out.splitlines()[0].split())
+    assert header == "run steps val loss time (s) step avg (ms) peak (MiB) GPUs"
+    seed = table_row(out, f"{two_sets}/new/seed 0.txt")
+    assert " ".join(seed.split()[-6:]) == "1000 3.25000 150.000 100.00 - -"
+    killed = table_row(out, f"{two_sets}/old/killed.txt")
+    assert " ".join(killed.split()[-7:]) == "612/1000 3.50000 9.000 100.00 - - unfinished"
+    # Mean 8 thousandths below the target at a standard deviation of 2: t = -4 sqrt(3) with 2
+    # degrees of freedom.
     old, p = table_row(out, f"{two_sets}/old  "), t_below(-4 * math.sqrt(3), 2)
     assert " ".join(old.split()[1:]) == (
         f"3 (+1 unfinished) 3.27200 0.00200 3.27000 3.27400 201.000 1.000 200.000 202.000 {p:.3g} "
@@ -502,42 +428,25 @@ def test_summary_of_runs_without_times(tmp_path, capsys):
 
 
 def test_target(two_sets, capsys):
-    pytest.importorskip("scipy")
     out = show(capsys, two_sets / "new", "--target", "3.26")[1]
     assert "mean loss <= 3.26?" in out and "not proven: 1 more run " in out
     assert table_row(show(capsys, two_sets / "new")[1], f"{two_sets}/new  ").endswith(" proven")
 
 
-@pytest.mark.parametrize(
-    "key, order",
-    [
-        ("name", "abc"),
-        ("steps", "cab"),
-        ("loss", "bca"),
-        ("time", "bca"),
-        ("avg", "cba"),
-        ("memory", "acb"),
-        ("gpus", "bac"),
-    ],
-)
-def test_sort(tmp_path, capsys, key, order):
-    write(
-        tmp_path / "a.txt",
-        "world_size: 4",
-        "step:20/20 val_loss:nan train_time:9ms step_avg:5ms",
-        "peak memory allocated: 10 MiB reserved: 20 MiB",
-    )
-    write(
-        tmp_path / "b.txt", "world_size: 2", "step:30/30 val_loss:3.2 train_time:7ms step_avg:2ms"
-    )
-    write(
-        tmp_path / "c.txt",
-        "step:10/10 val_loss:3.3 train_time:8ms step_avg:1ms",
-        "peak memory allocated: 15 MiB reserved: 20 MiB",
-    )
+ORDERS = {"name": "abc", "steps": "cab", "loss": "bca", "time": "bca", "avg": "cba"}
+ORDERS |= {"memory": "acb", "gpus": "bac"}
+
+
+@pytest.mark.parametrize("key", compare.SORT_KEYS)
+def test_sort(tmp_path, capsys, key):
+    peak = "peak memory allocated: {} MiB reserved: 20 MiB".format
+    step = "step:{0}/{0} val_loss:{1} train_time:{2}ms step_avg:{3}ms".format
+    write(tmp_path / "a.txt", "world_size: 4", step(20, "nan", 9, 5), peak(10))
+    write(tmp_path / "b.txt", "world_size: 2", step(30, 3.2, 7, 2))
+    write(tmp_path / "c.txt", step(10, 3.3, 8, 1), peak(15))
     out = show(capsys, tmp_path, "--sort", key)[1]
     names = [Path(line.split()[0]).stem for line in out.splitlines()[1:4]]
-    assert "".join(names) == order
+    assert "".join(names) == ORDERS[key]
 
 
 def test_at_adds_columns(two_sets, capsys):
@@ -549,84 +458,91 @@ def test_at_adds_columns(two_sets, capsys):
 
 
 def test_versus(two_sets, capsys):
-    pytest.importorskip("scipy")
     code, out, err = show(capsys, "--vs", two_sets / "old", two_sets / "new", "--at", "3.4")
     assert (code, err) == (0, "")
     assert f"A: {two_sets}/old (1 unfinished left out)\nB: {two_sets}/new\n" in out
-    # Standard deviations of 2 thousandths and of 1 s: errors sqrt(2/3) of them, 4 degrees of freedom, t 2.776.
+    # Standard deviations of 2 thousandths and of 1 s: standard errors sqrt(2/3) of them, 4 degrees
+    # of freedom, t 2.776.
     half = 2.776 * math.sqrt(2 / 3)
     loss, seconds = table_row(out, "loss"), table_row(out, "time (s)")
     assert loss.split()[1:6] == ["3.27200", "3", "3.25200", "3", "+0.02000"]
-    assert (
-        f"{0.02 - 0.002 * half:+.5f} to {0.02 + 0.002 * half:+.5f}  more than noise: A is higher"
-        in loss
-    )
+    interval = f"{0.02 - 0.002 * half:+.5f} to {0.02 + 0.002 * half:+.5f}"
+    assert f"{interval}  more than noise: A is higher" in loss
     assert " ".join(seconds.split()[6:10]) == f"+50.000 {50 - half:+.3f} to {50 + half:+.3f}"
     # 0.1 of the second half's fall of 0.230, 0.228, 0.226 in A and of 0.250, 0.248, 0.246 in B.
     assert table_row(out, "steps to 3.4").split()[3:7] == ["719.3", "3", "701.6", "3"]
     assert table_row(out, "seconds to 3.4").split()[3:7:2] == ["144.582", "105.946"]
-    assert (
-        "no interval: a set of one run"
-        in show(capsys, "--vs", two_sets / "old/seed 0.txt", two_sets / "new")[1]
-    )
+    out = show(capsys, "--vs", two_sets / "old/seed 0.txt", two_sets / "new")[1]
+    assert "no interval: a set of one run" in out
 
 
 def test_json(two_sets, capsys):
-    pytest.importorskip("scipy")
     write(two_sets / "new" / "lost.txt", "step:1/1 val_loss:nan train_time:5ms step_avg:nanms")
-    code, out, _ = show(
-        capsys, two_sets, "--vs", two_sets / "old", two_sets / "new", "--json", "--at", "3.4"
-    )
+    sets = two_sets / "old", two_sets / "new"
+    code, out, _ = show(capsys, two_sets, "--vs", *sets, "--json", "--at", "3.4")
     result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     runs = {Path(run["name"]).relative_to(two_sets).as_posix(): run for run in result["runs"]}
     assert code == 0 and len(runs) == 8
-    seed = runs["new/seed 0.txt"]
-    assert (seed["steps"], seed["total_steps"], seed["finished"], seed["val_loss"]) == (
-        1000,
-        1000,
-        True,
-        3.25,
-    )
-    assert (seed["time_s"], seed["step_avg_ms"], seed["memory_mib"], seed["gpus"]) == (
-        150.0,
-        100.0,
-        None,
-        None,
-    )
-    assert seed["reaches"] == pytest.approx({"loss": 3.4, "steps": 700, "time_s": 105})
-    assert seed["validations"][1] == {"step": 500, "loss": 3.5, "time_s": 75.0}
+    expected = {"steps": 1000, "total_steps": 1000, "finished": True, "val_loss": 3.25}
+    expected |= {"time_s": 150.0, "step_avg_ms": 100.0, "memory_mib": None, "gpus": None}
+    assert expected.items() <= runs["new/seed 0.txt"].items()
+    reaches, (_, second, _) = (runs["new/seed 0.txt"][key] for key in ("reaches", "validations"))
+    assert reaches == pytest.approx({"loss": 3.4, "steps": 700, "time_s": 105})
+    assert second == {"step": 500, "loss": 3.5, "time_s": 75.0}
     assert runs["old/killed.txt"]["finished"] is False and runs["new/lost.txt"]["val_loss"] is None
-    assert [(group["loss"]["n"], group["diverged"]) for group in result["groups"]] == [
-        (3, 0),
-        (3, 1),
-    ]
+    counts = [(group["loss"]["n"], group["diverged"]) for group in result["groups"]]
+    assert counts == [(3, 0), (3, 1)]
     assert result["versus"]["loss"]["verdict"] == "no comparison: 1 of 4 runs of B without a value"
     assert result["versus"]["steps_to"]["a"]["n"] == 3
 
 
+def words_in_picture(capsys, folder, *paths, options=()):
+    """The texts in an SVG of the logs, one a line."""
+    code, _, err = show(capsys, *paths, "--plot", folder / "curves.SVG", *options)
+    assert code == 0, err
+    drawing = (folder / "curves.SVG").read_text()
+    return [line.split("<!-- ")[1][:-4] for line in drawing.splitlines() if "<!-- " in line]
+
+
 def test_plot(two_sets, capsys):
-    pytest.importorskip("matplotlib")
     (two_sets / "new").rename(two_sets / "_new $x_$")
     write(two_sets / "untimed" / "a.log", "s:0 tel:10.9", "s:900 tel:3.3")
-    png, svg = two_sets / "curves.png", two_sets / "curves.SVG"
-    assert show(capsys, two_sets, "--plot", png)[0] == show(capsys, two_sets, "--plot", svg)[0] == 0
-    assert png.read_bytes().startswith(b"\x89PNG")
-    drawing = svg.read_text()
-    for words in (
-        "_new $x_$ (3 runs)",
-        "old (4 runs)",
-        "untimed (no times in the log)",
-        "loss 3.28",
-        "unfinished",
-        "training time (s)",
-        "step",
-        "validation loss (nats per token)",
-    ):
-        assert f"<!-- {words}" in drawing, words
-    assert "<!-- 10 " not in drawing  # the loss at the start would squeeze all the rest
+    words = words_in_picture(capsys, two_sets, two_sets)
+    assert {"_new $x_$ (3 runs)", "old (4 runs)", "untimed (no times in the log)"} <= {*words}
+    assert {"unfinished", "loss 3.28", "mean ± standard deviation"} <= {*words}
+    assert {"step", "training time (s)", "validation loss (nats per token)"} <= {*words}
+    assert f"Validation loss of 8 runs in {two_sets}" in words
+    assert "10" not in words  # the loss at the start would squeeze all the rest
+    assert show(capsys, two_sets, "--plot", two_sets / "curves.png")[0] == 0
+    assert (two_sets / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-# ---------------------------------------------------------------------------------------------------------
+def test_plot_of_a_single_log(tmp_path, capsys, monkeypatch):
+    """As the trainer's last line recommends it: the title says all, and there is no legend."""
+    monkeypatch.chdir(tmp_path)
+    run_log(Path("logs/mine.txt"), 3.4)
+    code, _, err = show(capsys, "logs/mine.txt", "--plot")
+    assert (code, err) == (0, "The loss curves are in curves.png.\n")
+    assert Path("curves.png").exists()
+    words = words_in_picture(capsys, tmp_path, "logs/mine.txt")
+    assert words.count("logs/mine.txt: 3.4000 after step 1000") == 1
+    assert "mine.txt" not in words and "loss 3.28" not in words
+    assert "loss 3" in words_in_picture(capsys, tmp_path, "logs/mine.txt", options=["--target", 3])
+
+
+def test_the_target_is_drawn_where_the_curves_pass_it(tmp_path):
+    """Without a target of the user's 3.28 is, and only there; the first quarter is out of sight."""
+    for loss, drawn in ((3.27, 3.28), (3.29, None)):
+        run = compare.read_log(run_log(tmp_path / "run.txt", loss))
+        low, high, target = compare.loss_limits([run], None)
+        assert target == drawn
+        assert loss - 0.02 < low < loss and 3.5 < high < 3.52
+        assert (
+            compare.loss_limits([run], 3.0)[2] == 3.0 and compare.loss_limits([run], 3.0)[0] < 3.0
+        )
+
+
+# -------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -648,9 +564,6 @@ def test_plot(two_sets, capsys):
     ],
 )
 def test_bad_usage_is_one_sentence(two_sets, capsys, monkeypatch, arguments, words):
-    if "nowhere/curves.png" in arguments:
-        pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
     monkeypatch.chdir(two_sets)
     code, _, err = show(capsys, *arguments)
     assert code == 2
@@ -697,32 +610,24 @@ def run_without(package, tmp_path, *arguments):
 
 
 def test_without_scipy(two_sets):
+    install = "pip install -r records/requirements.txt"
     done = run_without("scipy", two_sets, two_sets / "old")
-    assert (
-        done.returncode == 0
-        and "3.27200  0.00200" in done.stdout
-        and "no p-value without scipy" in done.stdout
-    )
-    assert done.stderr == "p-values need scipy: pip install -r records/requirements.txt\n"
+    assert done.returncode == 0 and done.stderr == f"p-values need scipy: {install}\n"
+    assert "3.27200  0.00200" in done.stdout and "no p-value without scipy" in done.stdout
     assert run_without("scipy", two_sets, two_sets / "old" / "seed 0.txt").stderr == ""
     done = run_without("scipy", two_sets, "--vs", two_sets / "old", two_sets / "new")
-    assert done.returncode == 2
-    assert done.stderr == "compare.py: --vs needs scipy: pip install -r records/requirements.txt\n"
+    assert (done.returncode, done.stderr) == (2, f"compare.py: --vs needs scipy: {install}\n")
 
 
 def test_without_matplotlib(two_sets):
-    assert run_without("matplotlib", two_sets, two_sets / "old/seed 0.txt").stderr == ""
-    done = run_without(
-        "matplotlib", two_sets, two_sets / "old/seed 0.txt", "--plot", two_sets / "a.png"
-    )
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == "compare.py: --plot needs matplotlib: pip install -r records/requirements.txt\n"
-    )
+    log = two_sets / "old/seed 0.txt"
+    assert run_without("matplotlib", two_sets, log).stderr == ""
+    done = run_without("matplotlib", two_sets, log, "--plot", two_sets / "a.png")
+    sentence = "--plot needs matplotlib: pip install -r records/requirements.txt"
+    assert (done.returncode, done.stderr) == (2, f"compare.py: {sentence}\n")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The public logs
 
 
@@ -753,22 +658,18 @@ def test_public_logs_cut_anywhere_give_no_loss_of_their_own(tmp_path):
     for end in range(len(text) - 400, len(text)):
         log.write_bytes(text[:end])
         for step, loss, seconds in compare.read_log(log).validations:
-            assert loss == known[step].loss and seconds in (known[step].seconds, None), text[:end][
-                -60:
-            ]
+            assert loss == known[step].loss, text[:end][-60:]
+            assert seconds in (known[step].seconds, None), text[:end][-60:]
 
 
 def bench():
     """Seconds for a listing of 1,500 logs of 100 kB: 14 kB of source, then 1,770 steps."""
-    steps = "".join(
-        f"step:{step}/1770 train_time:{101 * step}ms step_avg:101.60ms\n"
-        + (
-            f"step:{step}/1770 val_loss:{3 + 7 / (step + 1):.4f} train_time:{101 * step}ms step_avg:101.60ms\n"
-            if step % 125 == 0 or step == 1770
-            else ""
-        )
-        for step in range(1771)
-    )
+    steps = ""
+    for step in range(1771):
+        times = f"train_time:{101 * step}ms step_avg:101.60ms\n"
+        steps += f"step:{step}/1770 {times}"
+        if step % 125 == 0 or step == 1770:
+            steps += f"step:{step}/1770 val_loss:{3 + 7 / (step + 1):.4f} {times}"
     text = ((SCRIPT.read_text() * 9)[: 100_000 - len(steps)] + "\n" + steps).encode()
     with tempfile.TemporaryDirectory() as folder:
         for index in range(1500):
