@@ -659,12 +659,12 @@ def test_verify_of_nothing(run):
 
 @pytest.fixture
 def run_sh(tmp_path):
-    def call(*arguments):
+    def call(*arguments, gib=79):
         root = tmp_path / "clone"
         programs = {
             "bin/nvidia-smi": "echo 'GPU 0: one'; echo 'GPU 1: two'",
             ".venv/bin/python": (
-                'case "$*" in *device_count*) echo 2 ;; *) echo "python $*" >> calls ;; esac'
+                f'case "$*" in *device_count*) echo 2 {gib} ;; *) echo "python $*" >> calls ;; esac'
             ),
             ".venv/bin/torchrun": 'echo "torchrun $*" >> calls',
         }
@@ -712,3 +712,18 @@ def test_run_sh_leaves_other_data_alone(run_sh, arguments):
 
 def test_run_sh_makes_text_for_the_tiny_preset(run_sh):
     assert run_sh("--preset", "tiny")[0][0] == "python data/local_text.py"
+
+
+@pytest.mark.parametrize("gib", [39, 23, 15, 11])
+def test_run_sh_keeps_the_tokens_of_a_step_on_smaller_cards(run_sh, gib):
+    before = train_gpt.Hyperparameters()
+    flags = run_sh("--seed", "1", gib=gib)[0][-1].partition("train_gpt.py ")[2]
+    hp, _ = train_gpt.parse_arguments(flags.split())
+    assert hp.seed == 1
+    assert hp.train_seq_len * hp.seqs_per_step == before.train_seq_len * before.seqs_per_step
+    assert hp.train_seq_len <= before.train_seq_len * gib / 36 or gib >= 36
+
+
+def test_run_sh_leaves_sequences_alone_that_are_asked_for(run_sh):
+    calls, out = run_sh("--train_seq_len", "4096", "--seqs_per_step", "96", gib=11)
+    assert calls[-1].endswith("train_gpt.py --train_seq_len 4096 --seqs_per_step 96")
