@@ -31,21 +31,46 @@ make_text() {
     ls data/local_text/train_*.bin data/local_text/val_*.bin >/dev/null 2>&1 || .venv/bin/python data/local_text.py
 }
 
+# How many GPUs CUDA_VISIBLE_DEVICES leaves, and the GiB of the smallest.
+look='import torch
+gpus = range(torch.cuda.device_count())
+print(len(gpus), min((torch.cuda.get_device_properties(i).total_memory >> 30 for i in gpus), default=0))'
+
+# The speedrun's sequences, where they would not fit: shorter ones, and as many more of them. README.md tells what fits.
+fit() {
+    case " $* " in *" --preset"*|*" --train_seq_len"*|*" --seqs_per_step"*|*" --help "*|*" -h "*) return ;; esac
+    if [ "$1" -ge 36 ]; then return; fi
+    if [ "$1" -ge 20 ]; then
+        fitting=(--train_seq_len 24576 --seqs_per_step 16)
+        sequences=16
+    elif [ "$1" -ge 14 ]; then
+        fitting=(--train_seq_len 16384 --seqs_per_step 24)
+        sequences=24
+    else
+        fitting=(--train_seq_len 8192 --seqs_per_step 48 --val_seq_len 131072)
+        sequences=48
+    fi
+    echo "run.sh: for a card of $1 GiB ${fitting[*]}: the same tokens a step in smaller parts"
+}
+
 gpus=0
 if command -v nvidia-smi >/dev/null; then
-    gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')  # those that CUDA_VISIBLE_DEVICES leaves
+    read -r gpus memory < <(.venv/bin/python -c "$look")
     [ "$gpus" -gt 0 ] || echo "run.sh: nvidia-smi is here, but torch finds no GPU: hidden, or with a driver that is too old"
 fi
 if [ "$gpus" -gt 0 ]; then
     # A step's sequences, 8 or the tiny preset's 2, have to divide evenly; another --seqs_per_step goes with another NPROC.
     sequences=8
+    fitting=()
     case " $* " in *" --preset tiny "*|*" --preset=tiny "*) sequences=2 ;; esac
+    fit "${memory:-0}" "$@"
     nproc=${NPROC:-$gpus}
     while [ -z "${NPROC:-}" ] && [ $((sequences % nproc)) -ne 0 ]; do nproc=$((nproc - 1)); done
     fetch_data "$@"
     echo "run.sh: training on $nproc of $gpus GPU(s)"
-    [ "$nproc" -gt 1 ] || exec .venv/bin/python train_gpt.py "$@"  # whose exit code torchrun would not pass on
-    exec .venv/bin/torchrun --standalone --nproc_per_node="$nproc" train_gpt.py "$@"
+    set -- train_gpt.py ${fitting[@]+"${fitting[@]}"} "$@"
+    [ "$nproc" -gt 1 ] || exec .venv/bin/python "$@"  # whose exit code torchrun would not pass on
+    exec .venv/bin/torchrun --standalone --nproc_per_node="$nproc" "$@"
 fi
 
 echo "run.sh: no CUDA GPU found; training the tiny preset on the CPU"

@@ -425,7 +425,7 @@ def test_verify_without_the_hub_checks_what_it_can(hub, fetch, run, folder):
 @pytest.fixture
 def run_sh(tmp_path):
     """A function that calls run.sh, and returns the commands that it gave and what it said."""
-    python = 'case "$*" in *device_count*) echo 2 ;; *) echo "python $*" >> calls ;; esac'
+    python = 'case "$*" in *device_count*) cat gpus ;; *) echo "python $*" >> calls ;; esac'
     programs = {
         "bin/nvidia-smi": "echo 'GPU 0: one'; echo 'GPU 1: two'",
         ".venv/bin/python": python,
@@ -439,7 +439,8 @@ def run_sh(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv" / "installed.txt")
 
-    def call(*arguments):
+    def call(*arguments, gib=79):
+        (tmp_path / "gpus").write_text(f"2 {gib}\n")
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         command = ["bash", str(tmp_path / "run.sh"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -467,3 +468,18 @@ def test_run_sh_fetches_what_is_needed_and_trains_on_all_gpus(run_sh, arguments,
     assert trained.startswith("torchrun ") and "=2 " in trained
     assert trained.endswith(f"train_gpt.py {arguments}")
     assert ("1.6 GB" in out) == (arguments == "--seed 1")
+
+
+@pytest.mark.parametrize("gib", [39, 23, 15, 11])
+def test_run_sh_keeps_the_tokens_of_a_step_on_smaller_cards(run_sh, gib):
+    before = train_gpt.Hyperparameters()
+    flags = run_sh("--seed", "1", gib=gib)[0][-1].partition("train_gpt.py ")[2]
+    hp, _ = train_gpt.parse_arguments(flags.split())
+    assert hp.seed == 1
+    assert hp.train_seq_len * hp.seqs_per_step == before.train_seq_len * before.seqs_per_step
+    assert hp.train_seq_len <= before.train_seq_len * gib / 36 or gib >= 36
+
+
+def test_run_sh_leaves_sequences_alone_that_are_asked_for(run_sh):
+    calls, out = run_sh("--train_seq_len", "4096", "--seqs_per_step", "96", gib=11)
+    assert calls[-1].endswith("train_gpt.py --train_seq_len 4096 --seqs_per_step 96")

@@ -1,6 +1,7 @@
-"""README.md keeps up with the code: its settings table is the dataclass, what it names exists."""
+"""README.md keeps up with the code: its settings are the dataclass, what it names exists."""
 
 import dataclasses
+import importlib.util
 import re
 
 import pytest
@@ -8,11 +9,18 @@ from conftest import ROOT
 
 import train_gpt
 
-# Flags of the other tools that the README names.
-OTHER_FLAGS = """preset shakespeare gpu cpu vs target plot help tokenizer dataset verify data dist
-    jsonl out standalone nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id
-    rdzv_conf local_addr nodes ntasks gpus cpus time checkpoint shutdown_timeout"""
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "records/README.md", ROOT / "records/benchmarks.md"]
+README = DOCUMENTS[0].read_text()
+# Flags of tools that are not of this project.
+TORCHRUN = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
+
+
+def named(pattern: str) -> list[tuple]:
+    """Each document with what the pattern finds in it, once."""
+    texts = {path: path.read_text() for path in DOCUMENTS}
+    return [
+        (path, name) for path in DOCUMENTS for name in sorted({*re.findall(pattern, texts[path])})
+    ]
 
 
 def shown(value) -> str:
@@ -21,50 +29,72 @@ def shown(value) -> str:
     return str(value) if value != "" else "(empty)"
 
 
-def settings_table() -> str:
-    """What the table under "Settings" has to be."""
-    rows = ["| flag | speedrun | medium | tiny | meaning |", "| --- | --- | --- | --- | --- |"]
+def meaning(field: dataclasses.Field) -> str:
+    multiple = field.metadata.get("multiple_of")
+    return field.metadata["meaning"] + (f"; a multiple of {multiple}" if multiple else "")
+
+
+def settings_tables() -> str:
+    """What has to stand under "Settings": what presets set in a column each, then the rest."""
+    others = [train_gpt.PRESETS["medium"], train_gpt.PRESETS["tiny"]]
+    varying = ["| flag | speedrun | medium | tiny | meaning |", "| --- | --- | --- | --- | --- |"]
+    constant = ["| flag | value | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(train_gpt.Hyperparameters):
-        values = [shown(field.default)]
-        values += [
-            shown(preset[field.name]) if field.name in preset else ""
-            for preset in (train_gpt.PRESETS["medium"], train_gpt.PRESETS["tiny"])
-        ]
-        meaning = field.metadata["meaning"]
-        if "multiple_of" in field.metadata:
-            meaning += f"; a multiple of {field.metadata['multiple_of']}"
-        if "choices" in field.metadata:
-            meaning += f" ({', '.join(field.metadata['choices'])})"
-        rows.append(
-            f"| `--{field.name}` | "
-            + " | ".join(f"`{v}`" if v else "" for v in values)
-            + f" | {meaning} |"
-        )
-    return "\n".join(rows)
+        cells = [f"`--{field.name}`", f"`{shown(field.default)}`"]
+        rows = constant
+        if any(field.name in preset for preset in others):
+            rows = varying
+            for preset in others:
+                cells.append(f"`{shown(preset[field.name])}`" if field.name in preset else "")
+        rows.append(f"| {' | '.join([*cells, meaning(field)])} |")
+    return "\n".join([*varying, "", *constant])
 
 
-def test_the_settings_table_is_the_dataclass():
-    assert settings_table() in README
+def test_the_settings_tables_are_the_dataclass():
+    assert settings_tables() in README, f"they have to be\n{settings_tables()}"
+
+
+def test_a_newcomer_is_not_drowned():
+    assert len(README.splitlines()) < 250
+
+
+def test_every_picture_is_small_and_drawn_by_a_script_beside_it():
+    pictures = sorted((ROOT / "records" / "pictures").glob("*.svg"))
+    assert len(pictures) >= 3
+    for picture in pictures:
+        assert picture.stat().st_size < 100_000
+        assert picture.with_suffix(".py").exists()
+
+
+def test_the_picture_of_the_network_is_of_this_network():
+    path = ROOT / "records" / "pictures" / "network.py"
+    spec = importlib.util.spec_from_file_location("network", path)
+    network = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(network)
+    assert path.with_suffix(".svg").read_text() == network.picture()
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:tests|data|records)/[\w./-]+\.(?:py|sh|md|txt)", README)))
+    "document, name", named(r"(?:tests|data|records)/[\w./-]+\.(?:py|sh|md|txt)")
 )
-def test_files_that_are_named_exist(path):
-    assert (ROOT / path).exists()
+def test_files_that_are_named_exist(document, name):
+    assert (ROOT / name).exists()
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"--([a-z]\w+)", README))))
-def test_flags_that_are_named_exist(flag):
-    """Each is a setting, or a flag of the other tools that are named."""
+@pytest.mark.parametrize("document, name", named(r"\]\(([\w./-]+)\)"))
+def test_links_lead_somewhere(document, name):
+    assert (document.parent / name).exists()
+
+
+@pytest.mark.parametrize("document, flag", named(r"--([a-z]\w+)"))
+def test_flags_that_are_named_exist(document, flag):
+    """Each is a setting, or a flag that some tool of the project, or torchrun, knows."""
     settings = {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)}
-    assert flag in settings | set(OTHER_FLAGS.split())
+    tools = [*ROOT.glob("*/*.py"), *ROOT.glob("*/*.sh"), ROOT / "train_gpt.py"]
+    in_code = any(f'"--{flag}"' in tool.read_text() for tool in tools)
+    assert flag in settings | TORCHRUN or in_code
 
 
 def test_nothing_is_left_to_fill_in():
-    assert not re.search(r"@[A-Z]+@", README + (ROOT / "records" / "README.md").read_text())
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
-def test_links_lead_somewhere(path):
-    assert (ROOT / path).exists()
+    for document in DOCUMENTS:
+        assert not re.search(r"@[A-Z]+@|<!--|TODO", document.read_text())
