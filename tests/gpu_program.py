@@ -1,0 +1,327 @@
+"""Compile the GPU program of a training script on a machine that has no GPU, and look at it.
+
+    bash tests/gpu_program.sh                                     all cards, as CI runs it
+    python tests/gpu_program.py --capability 90 --top 10          one card, and its ten largest kernels
+    python tests/gpu_program.py --script OTHER.py --capability 90 --graphs training --no-kernels
+
+The script's own network, FP8 operators and optimizers run on fake CUDA tensors, which have shapes and no data. torch.compile
+does on them all that it does on a card, except that nothing is executed: inductor's scheduler tells what each kernel reads,
+writes and computes, and Triton and ptxas compile every kernel for the target. Exit code 1 where a graph breaks or a kernel does
+not compile or does not fit; 2 where the command is at fault.
+
+What differs from a card: the CUDA runtime is a library of a few functions that answer "one device" (SHIM below), the device's
+properties are those of CARDS, and where inductor would time several launch configurations of a kernel, the first one counts.
+Predicted times take each kernel at its data sheet's bandwidth or matmul rate, whichever is slower: a floor, not a measurement.
+Needs the CUDA build of torch 2.13, whose private names it uses (fetched in `private_names`), and a C compiler.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+TORCH_VERSION = "2.13.0"
+LAYERS_OF_OTHERS = 6
+WINDOW_BLOCKS = 14  # of 128 tokens: 1,792, the speedrun's last and longest window
+BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The card that stands for a compute capability: what inductor asks about it, and its data sheet's dense rates."""
+
+    name: str
+    shared_memory: int  # bytes that one thread block may take
+    multiprocessors: int
+    memory_gib: int
+    bandwidth: float  # bytes a second
+    bf16: float  # FLOP a second of matmuls
+    fp8: float
+
+
+CARDS = {
+    80: Card("A100", 166912, 108, 80, 2.04e12, 312e12, 312e12),
+    86: Card("RTX 3090", 101376, 82, 24, 0.936e12, 71e12, 71e12),
+    89: Card("RTX 4090", 101376, 128, 24, 1.008e12, 165e12, 330e12),
+    90: Card("H100", 232448, 132, 80, 3.35e12, 989e12, 1979e12),
+    100: Card("B200", 232448, 148, 180, 8.0e12, 2250e12, 4500e12),
+    120: Card("RTX 5090", 101376, 170, 32, 1.792e12, 210e12, 419e12),
+}
+
+# What autograd and fake tensors ask of the CUDA runtime and driver before any memory is taken.
+SHIM = """
+static int succeed(void) { return 0; }
+int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
+int cudaGetDevice(int *device) { *device = 0; return 0; }
+int cudaSetDevice(int device) { return 0; }
+int cudaGetLastError(void) { return 0; }
+int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
+int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0; }
+int cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+                                     unsigned long long flags, int *status) {
+    *function = (void *)succeed;
+    return *status = 0;
+}
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) {
+    *flags = *active = 0;
+    return 0;
+}
+"""
+
+
+class ProgramError(Exception):
+    """A reason to fail, in one sentence: what was found, and whose fault it is."""
+
+
+@dataclasses.dataclass
+class Kernel:
+    """One launch: what the scheduler counts, and which part of the network it computes."""
+
+    name: str
+    operators: str
+    bytes: int
+    flop: float
+    fp8: bool = False
+
+    def seconds(self, card: Card) -> float:
+        """The least that the card needs for it."""
+        return max(self.bytes / card.bandwidth, self.flop / (card.fp8 if self.fp8 else card.bf16))
+
+
+@dataclasses.dataclass
+class Program:
+    """One compiled graph: its launches, and the most memory that its own tensors take at a time."""
+
+    name: str
+    kernels: list[Kernel]
+    peak_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    @property
+    def flop(self) -> float:
+        return sum(kernel.flop for kernel in self.kernels)
+
+
+def load_shim() -> None:
+    """Put the pretended CUDA runtime before the real one. The name lets it also stand for the driver's library."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "shim.c"), Path(folder, "shim.so")
+        source.write_text(SHIM)
+        command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+        subprocess.run(command, check=True)
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def private_names() -> types.SimpleNamespace:
+    """Everything of torch and Triton that is not public, fetched in this one place."""
+    import torch._inductor.config as config
+    import torch._inductor.runtime.triton_helpers as triton_helpers
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import memory
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.codegen.simd import SIMDScheduling
+    from torch._inductor.codegen.triton import TritonScheduling
+    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    return types.SimpleNamespace(**{name: value for name, value in locals().items()})
+
+
+class PretendedCard:
+    """Stands in for a card and records what inductor makes for it. Exists once a process, before any tensor is on "cuda"."""
+
+    def __init__(self, capability: int, torch, private: types.SimpleNamespace):
+        self.capability, self.card = capability, CARDS[capability]
+        self.torch, self.private = torch, private
+        self.programs: list[Program] = []
+        self.sources: dict[str, tuple[str, str]] = {}  # Triton source to its kernel's name and its program's
+        self.stage = ""
+        self.pretend_properties()
+        self.record_programs()
+
+    def pretend_properties(self) -> None:
+        """Answer every question about the device as the card would."""
+        torch, private = self.torch, self.private
+        card = self.card
+        properties = types.SimpleNamespace(
+            name=card.name,
+            major=self.capability // 10,
+            minor=self.capability % 10,
+            multi_processor_count=card.multiprocessors,
+            total_memory=card.memory_gib << 30,
+            warp_size=32,
+            regs_per_multiprocessor=65536,
+            max_threads_per_multi_processor=2048 if self.capability in (80, 90, 100) else 1536,
+            max_threads_per_block=1024,
+            L2_cache_size=50 << 20,
+            gcnArchName="",
+            shared_memory_per_block=49152,
+            shared_memory_per_block_optin=card.shared_memory,
+            shared_memory_per_multiprocessor=card.shared_memory + 1024,
+        )
+        state = torch.zeros(16, dtype=torch.uint8)
+        answers = {
+            "is_available": True,
+            "is_bf16_supported": True,
+            "device_count": 1,
+            "current_device": 0,
+            "get_device_properties": properties,
+            "get_device_capability": (properties.major, properties.minor),
+            "get_device_name": card.name,
+            "get_rng_state": state,
+            "set_rng_state": None,
+            "synchronize": None,
+            "_lazy_init": None,
+        }
+        for name, answer in answers.items():
+            getattr(torch.cuda, name)  # an AttributeError where torch has renamed it
+            setattr(torch.cuda, name, constant(answer))
+        torch.cuda.device = constant(contextlib.nullcontext())
+        interface = private.CudaInterface
+        interface.get_device_properties = staticmethod(constant(properties))
+        interface.get_compute_capability = staticmethod(constant(self.capability))
+        interface.is_available = staticmethod(constant(True))
+        interface.get_raw_stream = staticmethod(constant(0))
+        interface.Worker.get_device_properties = staticmethod(constant(properties))
+        interface.Worker.current_device = staticmethod(constant(0))
+        triton_driver = types.SimpleNamespace(
+            get_current_target=constant(private.GPUTarget("cuda", self.capability, 32)),
+            get_active_torch_device=constant(torch.device("cuda", 0)),
+            get_current_device=constant(0),
+            get_current_stream=constant(0),
+            get_device_interface=constant(torch.cuda),
+        )
+        private.driver.set_active(triton_driver)
+        private.triton_helpers.set_driver_to_gpu = constant(None)
+        fold_constants = private.UniformValueConstantFolder.run
+
+        class OnTheHost(private.TorchDispatchMode):
+            """Constants are computed for real: let the host do it."""
+
+            def __torch_dispatch__(self, function, _, arguments=(), keywords=None):
+                keywords = dict(keywords or {})
+                if keywords.get("device") is not None:
+                    keywords["device"] = torch.device("cpu")
+                return function(*arguments, **keywords)
+
+        def fold_on_the_host(folder, *arguments):
+            with OnTheHost():
+                return fold_constants(folder, *arguments)
+
+        private.UniformValueConstantFolder.run = fold_on_the_host
+        # Otherwise torch.tensor(..., device="cuda") would take memory on the device.
+        private.FakeTensorMode.avoid_device_init = True
+        private.config.compile_threads = 1
+        private.config.fx_graph_cache = False
+        private.config.use_static_cuda_launcher = False
+        torch._functorch.config.enable_autograd_cache = False
+
+    def record_programs(self) -> None:
+        """Let inductor hand over each graph that it has scheduled, and its Triton kernels, instead of running them."""
+        private, torch = self.private, self.torch
+        compile_to_module = private.GraphLowering.compile_to_module
+        define_kernel = private.TritonScheduling.define_kernel
+        kernel_of_node = {}
+
+        def define_and_note(scheduling, source, nodes, kernel):
+            name = define_kernel(scheduling, source, nodes, kernel)
+            for node in nodes:
+                if hasattr(node, "get_name"):
+                    kernel_of_node[node.get_name()] = name
+            return name
+
+        def keep_source(compiler, name, source, *_, **__):
+            self.sources.setdefault(re.sub(rf"\b{name}\b", "kernel", source), (name, source))
+            return name
+
+        def compile_and_record(graph):
+            kernel_of_node.clear()
+            module = compile_to_module(graph)
+            self.programs.append(self.program(graph, kernel_of_node))
+            layouts = [output_layout(output) for output in graph.graph_outputs]
+
+            def call(arguments):
+                arguments.clear()
+                return [
+                    torch.empty_strided(*layout[:2], dtype=layout[2], device=layout[3])
+                    if isinstance(layout, tuple)
+                    else layout
+                    for layout in layouts
+                ]
+
+            return types.SimpleNamespace(call=call, __file__=module.__file__)
+
+        private.TritonScheduling.define_kernel = define_and_note
+        private.AsyncCompile.triton = keep_source
+        private.GraphLowering.compile_to_module = compile_and_record
+
+    def program(self, graph, kernel_of_node: dict[str, str]) -> Program:
+        """What the scheduler knows of a graph after code was made for it."""
+        scheduler = graph.scheduler
+        kernels = []
+        with self.private.V.set_graph_handler(graph):
+            for node in scheduler.nodes:
+                kernel = scheduled_kernel(node, kernel_of_node)
+                if kernel.bytes:
+                    kernels.append(kernel)
+            inputs = self.private.memory.get_freeable_input_buf(
+                scheduler.nodes, set(graph.graph_inputs)
+            )
+            peak, _ = self.private.memory.estimate_peak_memory(
+                scheduler.nodes, inputs, set(graph.get_output_names())
+            )
+        passes = ["forward", "backward"][graph.is_backward]
+        return Program(f"{self.stage}, {passes}", kernels, peak)
+
+
+def constant(answer):
+    """A function that gives this answer to whatever it is asked."""
+
+    def give(*_, **__):
+        return answer
+
+    return give
+
+
+def output_layout(output):
+    """Size, stride, dtype and device of a graph's output; or what stands for it, where it is no tensor."""
+    if not hasattr(output, "get_size") or output.maybe_get_layout() is None:
+        return None
+    size, stride = ([int(n) for n in numbers] for numbers in (output.get_size(), output.get_stride()))
+    return size, stride, output.get_dtype(), output.get_device()
+
+
+def scheduled_kernel(node, kernel_of_node: dict[str, str]) -> Kernel:
+    """One node of the schedule: a Triton kernel, or a call of a library or of a custom operator."""
+    names = [kernel_of_node[part.get_name()] for part in node.get_nodes() if part.get_name() in kernel_of_node]
+    external = str(getattr(node.node, "python_kernel_name", None) or type(node).__name__)
+    name = names[0] if names else external
+    origins = dict.fromkeys(
+        origin.name for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins()
+    )
+    return Kernel(
+        name,
+        " ".join(origins),
+        node.get_read_write_buffers_sizes(),
+        float(node.estimate_flops() or 0),
+        "scaled_mm" in name,
+    )
