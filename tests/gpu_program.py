@@ -325,3 +325,175 @@ def scheduled_kernel(node, kernel_of_node: dict[str, str]) -> Kernel:
         float(node.estimate_flops() or 0),
         "scaled_mm" in name,
     )
+
+
+def load_script(path: str):
+    """The training script as a module. Dataclasses want it to be listed among the modules."""
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["train_gpt"] = script
+    spec.loader.exec_module(script)
+    return script
+
+
+class Lowering:
+    """Takes a script's graphs through torch.compile, one kind of graph a method, at the speedrun's sizes."""
+
+    vocab_size, heads, head_dim, dim = 50257, 6, 128, 768
+
+    def __init__(self, script, card: PretendedCard, tokens: int, layers: int):
+        self.script, self.card, self.torch = script, card, card.torch
+        self.tokens, self.layers = tokens, layers
+
+    def network(self, fp8: str):
+        """The network on the pretended card."""
+        with self.torch.device("cuda"):
+            return self.script.GPT(
+                *(self.vocab_size, self.layers, self.heads, self.head_dim, self.dim, self.tokens),
+                fp8=fp8,
+                train_seq_len=self.tokens,
+            )
+
+    def empty(self, *shape: int, dtype=None):
+        return self.torch.empty(shape, dtype=dtype, device="cuda")
+
+    def sequence(self, tokens: int) -> tuple:
+        """Inputs, targets and window of a sequence."""
+        torch = self.torch
+        ids, targets = (self.empty(tokens, dtype=dtype) for dtype in (torch.int32, torch.int64))
+        return ids, targets, self.empty(dtype=torch.int32)
+
+    def training(self, fp8: str) -> None:
+        """A micro-step, forward and backward."""
+        self.card.stage = f"training, FP8 {fp8}"
+        network = self.network(fp8)
+        compiled = self.torch.compile(network, dynamic=False, fullgraph=True)
+        compiled(*self.sequence(self.tokens)).backward()
+
+    def validation(self) -> None:
+        """The loss of a sequence, without gradients."""
+        self.card.stage = "validation"
+        network = self.network("none").eval()
+        compiled = self.torch.compile(network, dynamic=False, fullgraph=True)
+        with self.torch.no_grad():
+            compiled(*self.sequence(self.tokens))
+
+    def operators(self) -> None:
+        """The FP8 operators' own kernels, at the head's sizes: their casts, and the products."""
+        torch = self.torch
+        rows = math.ceil(self.vocab_size / BLOCK) * BLOCK
+        x = self.empty(self.tokens, self.dim, dtype=torch.bfloat16)
+        w = self.empty(rows, self.dim, dtype=torch.float32)
+        grad = self.empty(self.tokens, rows, dtype=torch.bfloat16)
+        scales = 2.0, 512.0, 524288.0
+        self.card.stage = "FP8 operator of the head, forward"
+        with torch.no_grad():
+            _, x_f8, w_f8 = self.script.mm_op._init_fn(x, w, *scales)
+            self.card.stage = "FP8 operator of the head, backward"
+            self.script.mm_backward_op._init_fn(grad, x_f8, w_f8, *scales)
+
+    def optimizers(self) -> None:
+        """Muon's step and Adam's; what they do not compile leaves no program."""
+        torch = self.torch
+        network = self.network("none")
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        matrices = [p for p in network.blocks.parameters() if p.ndim >= 2]
+        others = [p for p in network.parameters() if not any(p is matrix for matrix in matrices)]
+        self.card.stage = "Muon's step"
+        muon = dict(lr=0.05, momentum=0.95, nesterov=True, ns_steps=5, rank=0, world_size=1)
+        self.script.Muon(matrices, **muon).step()
+        self.card.stage = "Adam's step"
+        torch.optim.Adam(others, fused=True).step()
+
+
+def lower(lowering: Lowering, graphs: list[str]) -> None:
+    """Compile the chosen graphs, and say where one breaks."""
+    supported = lowering.card.capability >= 89
+    head = "head" if supported else "none"
+    steps = {
+        "training": [lambda: lowering.training(head)],
+        "variants": [lambda fp8=fp8: lowering.training(fp8) for fp8 in ("none", "all") if supported],
+        "validation": [lowering.validation],
+        "operators": [lowering.operators] if supported else [],
+        "optimizers": [lowering.optimizers],
+    }
+    for graph in graphs:
+        for step in steps[graph]:
+            lowering.torch._dynamo.reset()
+            try:
+                step()
+            except Exception as error:
+                first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+                raise ProgramError(
+                    f"{lowering.card.stage}: {type(error).__name__}: {first}. A small network of this file went through "
+                    "the same way, so the fault is the script's"
+                ) from error
+
+
+def canary(card: PretendedCard) -> None:
+    """Take a small network through all that the script's will meet: where this fails, torch is not the one expected."""
+    torch = card.torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    weight = torch.empty(512, 512, device="cuda", requires_grad=True)
+
+    def causal(b, h, q, k):
+        return q >= k
+
+    def network(x):
+        q = (torch.nn.functional.rms_norm(x, (512,)) @ weight).view(1, -1, 4, 128).transpose(1, 2)
+        mask = create_block_mask(causal, None, None, 256, 256, device="cuda")
+        return flex_attention(q, q, q, block_mask=mask).float().square().mean()
+
+    card.stage = "canary"
+    torch.compile(network, dynamic=False, fullgraph=True)(torch.empty(256, 512, device="cuda")).backward()
+    card.programs.clear()
+    card.sources.clear()
+
+
+@dataclasses.dataclass
+class Resources:
+    """What a compiled kernel takes of a card."""
+
+    name: str
+    shared_memory: int
+    registers: int
+    stack: int  # bytes a thread spills or indexes
+
+
+def compile_kernels(card: PretendedCard) -> list[Resources]:
+    """Every Triton kernel through Triton and ptxas, in the first launch configuration that fits."""
+    found = []
+    for name, source in card.sources.values():
+        kernel = getattr(card.private.PyCodeCache.load(source), name)
+        problems = []
+        for configuration in kernel.configs:
+            try:
+                compiled = kernel._precompile_config(configuration)
+            except Exception as error:
+                problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+                continue
+            compiled = getattr(compiled, "kernel", compiled)
+            if compiled.metadata.shared <= card.card.shared_memory:
+                found.append(resources(name, compiled))
+                break
+            problems.append(f"{compiled.metadata.shared} bytes of shared memory, of {card.card.shared_memory}")
+        else:
+            raise ProgramError(f"{name} does not compile or does not fit: {'; '.join(problems)}")
+    return found
+
+
+def resources(name: str, compiled) -> Resources:
+    """Registers and stack from the machine code, for which the attention kernels alone are worth the time."""
+    numbers = {"REG": 0, "STACK": 0}
+    if "flex_attention" in name:
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        numbers |= {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", told)}
+    return Resources(name, compiled.metadata.shared, numbers["REG"], numbers["STACK"])
