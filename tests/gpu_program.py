@@ -120,7 +120,16 @@ def load_shim() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "shim.c"), Path(folder, "shim.so")
         source.write_text(SHIM)
-        command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+        command = [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-w",
+            "-Wl,-soname,libcuda.so.1",
+            "-o",
+            library,
+            source,
+        ]
         subprocess.run(command, check=True)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
@@ -153,7 +162,9 @@ class PretendedCard:
         self.capability, self.card = capability, CARDS[capability]
         self.torch, self.private = torch, private
         self.programs: list[Program] = []
-        self.sources: dict[str, tuple[str, str]] = {}  # Triton source to its kernel's name and its program's
+        self.sources: dict[
+            str, tuple[str, str]
+        ] = {}  # Triton source to its kernel's name and its program's
         self.stage = ""
         self.pretend_properties()
         self.record_programs()
@@ -306,17 +317,26 @@ def output_layout(output):
     """Size, stride, dtype and device of a graph's output; or what stands for it, where it is no tensor."""
     if not hasattr(output, "get_size") or output.maybe_get_layout() is None:
         return None
-    size, stride = ([int(n) for n in numbers] for numbers in (output.get_size(), output.get_stride()))
+    size, stride = (
+        [int(n) for n in numbers] for numbers in (output.get_size(), output.get_stride())
+    )
     return size, stride, output.get_dtype(), output.get_device()
 
 
 def scheduled_kernel(node, kernel_of_node: dict[str, str]) -> Kernel:
     """One node of the schedule: a Triton kernel, or a call of a library or of a custom operator."""
-    names = [kernel_of_node[part.get_name()] for part in node.get_nodes() if part.get_name() in kernel_of_node]
+    names = [
+        kernel_of_node[part.get_name()]
+        for part in node.get_nodes()
+        if part.get_name() in kernel_of_node
+    ]
     external = str(getattr(node.node, "python_kernel_name", None) or type(node).__name__)
     name = names[0] if names else external
     origins = dict.fromkeys(
-        origin.name for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins()
+        origin.name
+        for part in node.get_nodes()
+        if part.node is not None
+        for origin in part.node.get_origins()
     )
     return Kernel(
         name,
@@ -413,7 +433,9 @@ def lower(lowering: Lowering, graphs: list[str]) -> None:
     head = "head" if supported else "none"
     steps = {
         "training": [lambda: lowering.training(head)],
-        "variants": [lambda fp8=fp8: lowering.training(fp8) for fp8 in ("none", "all") if supported],
+        "variants": [
+            lambda fp8=fp8: lowering.training(fp8) for fp8 in ("none", "all") if supported
+        ],
         "validation": [lowering.validation],
         "operators": [lowering.operators] if supported else [],
         "optimizers": [lowering.optimizers],
@@ -447,7 +469,9 @@ def canary(card: PretendedCard) -> None:
         return flex_attention(q, q, q, block_mask=mask).float().square().mean()
 
     card.stage = "canary"
-    torch.compile(network, dynamic=False, fullgraph=True)(torch.empty(256, 512, device="cuda")).backward()
+    torch.compile(network, dynamic=False, fullgraph=True)(
+        torch.empty(256, 512, device="cuda")
+    ).backward()
     card.programs.clear()
     card.sources.clear()
 
@@ -478,7 +502,9 @@ def compile_kernels(card: PretendedCard) -> list[Resources]:
             if compiled.metadata.shared <= card.card.shared_memory:
                 found.append(resources(name, compiled))
                 break
-            problems.append(f"{compiled.metadata.shared} bytes of shared memory, of {card.card.shared_memory}")
+            problems.append(
+                f"{compiled.metadata.shared} bytes of shared memory, of {card.card.shared_memory}"
+            )
         else:
             raise ProgramError(f"{name} does not compile or does not fit: {'; '.join(problems)}")
     return found
@@ -494,6 +520,200 @@ def resources(name: str, compiled) -> Resources:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+            told = subprocess.run(
+                [tool, "-res-usage", file.name], capture_output=True, text=True
+            ).stdout
         numbers |= {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", told)}
     return Resources(name, compiled.metadata.shared, numbers["REG"], numbers["STACK"])
+
+
+def attention_blocks(lowering: Lowering, mode) -> list[int]:
+    """How many blocks of 128 x 128 each attention call computes, first layer first: at the longest window, in documents of
+    about 700 tokens, lognormally distributed, as in web text."""
+    torch, script = lowering.torch, lowering.script
+    with mode:
+        network = lowering.network("none")
+    lengths = torch.empty(lowering.tokens).log_normal_(
+        6.05, 1.0, generator=torch.Generator().manual_seed(0)
+    )
+    starts = lengths.long().clamp(min=2).cumsum(0)
+    ids = torch.zeros(lowering.tokens, dtype=torch.int32)
+    ids[starts[starts < lowering.tokens]] = lowering.vocab_size - 1
+    masks = network.create_block_masks(ids, torch.tensor(WINDOW_BLOCKS, dtype=torch.int32))
+    blocks = [int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) for mask in masks]
+    made, used, create, attend = [], [], network.create_block_masks, script.attention
+
+    def create_and_note(*arguments):
+        made.extend(create(*arguments))
+        return tuple(made)
+
+    def note_mask(q, k, v, block_mask, scale):
+        used.append(next(i for i, mask in enumerate(made) if mask is block_mask))
+        return torch.empty_like(v)
+
+    network.create_block_masks, script.attention = create_and_note, note_mask
+    try:
+        with mode, torch.no_grad():
+            network(*lowering.sequence(lowering.tokens))
+    finally:
+        script.attention = attend
+    return [blocks[i] for i in used]
+
+
+def count_attention(program: Program, blocks: list[int], lowering: Lowering) -> None:
+    """Give each attention kernel the FLOP of its blocks: two products forward, and seven backward, which computes scores twice."""
+    product = 2 * BLOCK * BLOCK * lowering.head_dim * lowering.heads
+    backward = program.name.endswith("backward")
+    calls = [kernel for kernel in program.kernels if "flex_attention" in kernel.name]
+    for kernel, count in zip(calls, blocks[::-1] if backward else blocks, strict=False):
+        kernel.flop = product * count * (7 if backward else 2)
+
+
+def count_fp8_operators(program: Program, lowering: Lowering) -> None:
+    """The head's products, which the scheduler does not see into."""
+    product = 2 * lowering.tokens * math.ceil(lowering.vocab_size / BLOCK) * BLOCK * lowering.dim
+    for kernel in program.kernels:
+        if "nanogpt.mm" in kernel.name and not program.name.startswith("training, FP8 all"):
+            kernel.flop = product * (2 if "backward" in kernel.name else 1)
+            kernel.fp8 = True
+
+
+def describe(program: Program, card: Card, top: int) -> None:
+    """A line for a program, and its largest kernels."""
+    milliseconds = 1000 * sum(kernel.seconds(card) for kernel in program.kernels)
+    print(
+        f"  {program.name}: {len(program.kernels)} kernels, {program.bytes / 1e9:.1f} GB, "
+        f"{program.flop / 1e12:.2f} TFLOP, predicted {milliseconds:.1f} ms, "
+        f"peak of its own tensors {program.peak_bytes / 2**30:.1f} GiB"
+    )
+    for kernel in sorted(program.kernels, key=lambda kernel: -kernel.seconds(card))[:top]:
+        print(
+            f"    {1000 * kernel.seconds(card):7.3f} ms {kernel.bytes / 1e9:6.2f} GB {kernel.flop / 1e12:6.3f} TFLOP  "
+            f"{kernel.name[:60]}: {kernel.operators[:160]}"
+        )
+
+
+def look(arguments: argparse.Namespace) -> None:
+    """One script on one card: lower, count, compile, print."""
+    load_shim()
+    import torch
+
+    if torch.__version__.split("+")[0] != TORCH_VERSION or not torch.version.cuda:
+        raise SystemExit(
+            f"gpu_program.py needs the CUDA build of torch {TORCH_VERSION}, found {torch.__version__}; "
+            "run bash tests/gpu_program.sh, which installs it."
+        )
+    try:
+        card = PretendedCard(arguments.capability, torch, private_names())
+        mode = card.private.FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            canary(card)
+    except Exception as error:
+        raise ProgramError(
+            f"torch's private names are not those of {TORCH_VERSION}, and the script is not at fault: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    lowering = Lowering(load_script(arguments.script), card, arguments.tokens, arguments.layers)
+    blocks = attention_blocks(lowering, mode)
+    with mode:
+        lower(lowering, arguments.graphs)
+    print(
+        f"capability {arguments.capability / 10} ({card.card.name}), {arguments.layers} layers, {arguments.tokens} tokens"
+    )
+    for program in card.programs:
+        count_attention(program, blocks, lowering)
+        count_fp8_operators(program, lowering)
+        describe(program, card.card, arguments.top)
+    step = [program for program in card.programs if program.name.startswith("training")][:2]
+    if step:
+        print(
+            f"  a micro-step: {sum(program.bytes for program in step) / 1e9:.1f} GB, predicted "
+            f"{1000 * sum(k.seconds(card.card) for program in step for k in program.kernels):.1f} ms"
+        )
+    if not arguments.no_kernels:
+        compiled = compile_kernels(card)
+        print(f"  {len(compiled)} Triton kernels compiled")
+        seen = collections.Counter()
+        for kernel in compiled:
+            if "flex_attention" in kernel.name:
+                way = "backward" if "backward" in kernel.name else "forward"
+                line = (
+                    f"  attention {way}: {kernel.shared_memory} of {card.card.shared_memory} bytes of shared memory, "
+                    f"{kernel.registers} registers, {kernel.stack} bytes of stack a thread"
+                )
+                seen[line] += 1
+        for line, number in seen.items():
+            print(f"{line} ({number} kernels)")
+
+
+def look_at_all(arguments: argparse.Namespace) -> int:
+    """Every card, each in a process of its own, two at a time."""
+
+    def start(capability: int) -> subprocess.CompletedProcess:
+        layers = arguments.layers if capability == 90 else min(arguments.layers, LAYERS_OF_OTHERS)
+        command = [
+            sys.executable,
+            __file__,
+            "--script",
+            arguments.script,
+            "--capability",
+            str(capability),
+        ]
+        command += [
+            "--tokens",
+            str(arguments.tokens),
+            "--layers",
+            str(layers),
+            "--top",
+            str(arguments.top),
+        ]
+        command += ["--graphs", *arguments.graphs] + ["--no-kernels"] * arguments.no_kernels
+        return subprocess.run(command, capture_output=True, text=True)
+
+    code = 0
+    print(
+        f"Capability 9.0 with {arguments.layers} layers, the others with at most {LAYERS_OF_OTHERS}, to save time."
+    )
+    order = sorted(CARDS, key=lambda capability: capability != 90)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in pool.map(start, order):
+            print(done.stdout, end="", flush=True)
+            if done.returncode:
+                print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
+                code = max(code, done.returncode)
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--script", default=str(Path(__file__).resolve().parents[1] / "train_gpt.py")
+    )
+    parser.add_argument(
+        "--capability", type=int, choices=CARDS, help="one card alone; default: all"
+    )
+    parser.add_argument("--tokens", type=int, default=48 * 1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument(
+        "--top", type=int, default=0, help="print so many of each program's slowest kernels"
+    )
+    graphs = ["training", "variants", "validation", "operators", "optimizers"]
+    parser.add_argument("--graphs", nargs="+", choices=graphs, default=graphs)
+    parser.add_argument(
+        "--no-kernels", action="store_true", help="count, and compile nothing by ptxas"
+    )
+    arguments = parser.parse_args()
+    if not Path(arguments.script).is_file():
+        parser.error(f"there is no script at {arguments.script}")
+    if arguments.capability is None:
+        return look_at_all(arguments)
+    try:
+        look(arguments)
+    except ProgramError as error:
+        print(f"gpu_program.py: capability {arguments.capability / 10}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
