@@ -92,6 +92,7 @@ class Kernel:
     bytes: int
     flop: float
     fp8: bool = False
+    scheduler_bytes: int = 0  # by inductor's own count, which cuts large tensors short
 
     def seconds(self, card: Card) -> float:
         """The least that the card needs for it."""
@@ -291,7 +292,7 @@ class PretendedCard:
         kernels = []
         with self.private.V.set_graph_handler(graph):
             for node in scheduler.nodes:
-                kernel = scheduled_kernel(node, kernel_of_node)
+                kernel = scheduled_kernel(node, kernel_of_node, graph)
                 if kernel.bytes:
                     kernels.append(kernel)
             inputs = self.private.memory.get_freeable_input_buf(
@@ -323,7 +324,19 @@ def output_layout(output):
     return size, stride, output.get_dtype(), output.get_device()
 
 
-def scheduled_kernel(node, kernel_of_node: dict[str, str]) -> Kernel:
+def moved_bytes(node, graph) -> int:
+    """What a kernel reads and writes. The scheduler counts at most 1e9 elements of a buffer, which is
+    too few for the logits: there the whole buffer counts."""
+    total = 0
+    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    for name, size in accesses.items():
+        buffer = graph.try_get_buffer(name)
+        item = buffer.get_dtype().itemsize if buffer is not None and size >= 10**9 else 0
+        total += int(buffer.get_numel()) * item if item and size == 10**9 * item else size
+    return total
+
+
+def scheduled_kernel(node, kernel_of_node: dict[str, str], graph) -> Kernel:
     """One node of the schedule: a Triton kernel, or a call of a library or of a custom operator."""
     names = [
         kernel_of_node[part.get_name()]
@@ -341,9 +354,10 @@ def scheduled_kernel(node, kernel_of_node: dict[str, str]) -> Kernel:
     return Kernel(
         name,
         " ".join(origins),
-        node.get_read_write_buffers_sizes(),
+        moved_bytes(node, graph),
         float(node.estimate_flops() or 0),
         "scaled_mm" in name,
+        node.get_read_write_buffers_sizes(),
     )
 
 
@@ -564,7 +578,7 @@ def count_attention(program: Program, blocks: list[int], lowering: Lowering) -> 
     """Give each attention kernel the FLOP of its blocks: two products forward, and seven backward, which computes scores twice."""
     product = 2 * BLOCK * BLOCK * lowering.head_dim * lowering.heads
     backward = program.name.endswith("backward")
-    calls = [kernel for kernel in program.kernels if "flex_attention" in kernel.name]
+    calls = [kernel for kernel in program.kernels if "triton_tem" in kernel.name]
     for kernel, count in zip(calls, blocks[::-1] if backward else blocks, strict=False):
         kernel.flop = product * count * (7 if backward else 2)
 
@@ -627,7 +641,8 @@ def look(arguments: argparse.Namespace) -> None:
     step = [program for program in card.programs if program.name.startswith("training")][:2]
     if step:
         print(
-            f"  a micro-step: {sum(program.bytes for program in step) / 1e9:.1f} GB, predicted "
+            f"  a micro-step: {sum(program.bytes for program in step) / 1e9:.1f} GB (by inductor's "
+            f"own count {sum(k.scheduler_bytes for program in step for k in program.kernels) / 1e9:.1f}), predicted "
             f"{1000 * sum(k.seconds(card.card) for program in step for k in program.kernels):.1f} ms"
         )
     if not arguments.no_kernels:
