@@ -331,8 +331,12 @@ def moved_bytes(node, graph) -> int:
     accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
     for name, size in accesses.items():
         buffer = graph.try_get_buffer(name)
-        item = buffer.get_dtype().itemsize if buffer is not None and size >= 10**9 else 0
-        total += int(buffer.get_numel()) * item if item and size == 10**9 * item else size
+        whole = size
+        if buffer is not None and size >= 10**9 and buffer.maybe_get_size() is not None:
+            whole = math.prod(map(int, buffer.get_size())) * buffer.get_dtype().itemsize
+            cut_short = size == 10**9 * buffer.get_dtype().itemsize
+            whole = whole if cut_short else size
+        total += whole
     return total
 
 
