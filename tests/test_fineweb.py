@@ -1,9 +1,8 @@
-"""data/cached_fineweb10B.py against a small hub on the loopback, which speaks what the hub's client asks and misbehaves
-on demand. Nothing else is reached."""
+"""data/cached_fineweb10B.py against a small hub on this machine, which answers the hub's client and
+misbehaves on demand. Nothing else is reached."""
 
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import re
@@ -15,29 +14,18 @@ import threading
 import types
 from pathlib import Path
 
+import cached_fineweb10B as fineweb
+import huggingface_hub.file_download
+import local_text
 import numpy as np
 import pytest
+from conftest import ROOT
+from huggingface_hub import constants
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-import huggingface_hub.file_download  # noqa: E402
-import local_text  # noqa: E402
-import train_gpt  # noqa: E402
-from huggingface_hub import constants  # noqa: E402
+import train_gpt
 
 SCRIPT = ROOT / "data" / "cached_fineweb10B.py"
 DATASET = "kjj0/fineweb10B-gpt2"
-
-
-def load_script() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("cached_fineweb10B", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fineweb = load_script()
 
 
 def shard_bytes(seed: int, num_tokens: int) -> bytes:
@@ -47,12 +35,17 @@ def shard_bytes(seed: int, num_tokens: int) -> bytes:
 
 
 class Hub:
-    """Two servers: the hub, which lists files and redirects to the second, and that one, which has the bytes.
+    """Two servers: the hub, which lists files and redirects, and a store, which has the bytes.
 
-    `faults` gives, for the name of a file or "tree", what is wrong with each answer in turn: "cut" (half of what was
-    asked for, then the connection breaks), "short" (half, and headers that say it is all), "damage" (a changed byte),
-    "no range" (all of it, wherever it was to begin), "hang" and "pause" (one chunk and a half, then nothing until
-    `release`, and then the end or the rest) or a number (that HTTP status, with an error code of the hub's after a blank). The last stays when it ends in "!".
+    `faults` gives, for the name of a file or "tree", what is wrong with each answer in turn. The
+    last one stays when it ends in "!".
+
+    cut          half of what was asked for, and then the connection breaks
+    short        half, with headers that say it is all
+    damage       a changed byte
+    no range     all of it, wherever it was to begin
+    hang, pause  one chunk and a half, nothing until `release`, and then the end or the rest
+    503, 404 X   that HTTP status, and an error code X of the hub's
     """
 
     def __init__(self):
@@ -122,7 +115,12 @@ class Hub:
         """Answer with the status that a fault is, if it is one."""
         if not fault[:3].isdigit():
             return False
-        self.reply(handler, int(fault[:3]), b'{"error": "so it is"}', **({"X_Error_Code": fault[4:]} if fault[4:] else {}))
+        self.reply(
+            handler,
+            int(fault[:3]),
+            b'{"error": "so it is"}',
+            **({"X_Error_Code": fault[4:]} if fault[4:] else {}),
+        )
         return True
 
     def answer_hub(self, handler) -> None:
@@ -132,24 +130,43 @@ class Hub:
             if self.refuse(handler, fault):
                 return
             if fault == "html":
-                return self.reply(handler, 200, b"<html>Welcome to our wireless network</html>", Content_Type="text/html")
+                return self.reply(
+                    handler,
+                    200,
+                    b"<html>Welcome to our wireless network</html>",
+                    Content_Type="text/html",
+                )
             names = sorted(self.files)
             first = int(re.search(r"cursor=(\d+)", query)[1]) if "cursor=" in query else 0
             more = {}
             if first + self.page < len(names):
                 more["Link"] = f'<{self.url}{path}?cursor={first + self.page}>; rel="next"'
             entries = [{"type": "file", "path": ".gitattributes", "size": 3, "oid": "0" * 40}]
-            for name in names[first:first + self.page]:
+            for name in names[first : first + self.page]:
                 body = self.files[name]
-                large = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134} | self.listed.get(name, {})
-                entries.append({"type": "file", "path": name, "size": large["size"], "oid": "1" * 40}
-                               | ({"lfs": large, "xetHash": "2" * 64} if large["oid"] else {}))
-            return self.reply(handler, 200, json.dumps(entries).encode(), Content_Type="application/json", **more)
+                large = {
+                    "oid": hashlib.sha256(body).hexdigest(),
+                    "size": len(body),
+                    "pointerSize": 134,
+                } | self.listed.get(name, {})
+                entries.append(
+                    {"type": "file", "path": name, "size": large["size"], "oid": "1" * 40}
+                    | ({"lfs": large, "xetHash": "2" * 64} if large["oid"] else {})
+                )
+            return self.reply(
+                handler, 200, json.dumps(entries).encode(), Content_Type="application/json", **more
+            )
         name = path.rpartition("/")[2]
         if path != f"/datasets/{DATASET}/resolve/main/{name}" or name not in self.files:
             return self.refuse(handler, "404 RepoNotFound")
-        self.reply(handler, 302, Location=f"{self.address('store')}/{name}", X_Linked_Size=len(self.files[name]),
-                   X_Linked_Etag=f'"{hashlib.sha256(self.files[name]).hexdigest()}"', X_Repo_Commit="3" * 40)
+        self.reply(
+            handler,
+            302,
+            Location=f"{self.address('store')}/{name}",
+            X_Linked_Size=len(self.files[name]),
+            X_Linked_Etag=f'"{hashlib.sha256(self.files[name]).hexdigest()}"',
+            X_Repo_Commit="3" * 40,
+        )
 
     def answer_store(self, handler) -> None:
         name = handler.path[1:]
@@ -165,7 +182,9 @@ class Hub:
                 return self.reply(handler, 416, Content_Range=f"bytes */{len(body)}")
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         rest = body[start:]
-        send = rest[:len(rest) // 2] if fault in ("cut", "short") else rest[:fineweb.CHUNK * 3 // 2] if fault in ("hang", "pause") else rest
+        sizes = dict.fromkeys(("cut", "short"), len(rest) // 2)
+        sizes |= dict.fromkeys(("hang", "pause"), fineweb.CHUNK * 3 // 2)
+        send = rest[: sizes.get(fault, len(rest))]
         if fault == "short" and asked:
             headers["Content-Range"] = f"bytes {start}-{start + len(send) - 1}/{start + len(send)}"
         handler.send_response(206 if headers else 200)
@@ -181,7 +200,7 @@ class Hub:
             self.hung.set()
             self.release.wait(60)
         if fault == "pause":
-            handler.wfile.write(rest[len(send):])
+            handler.wfile.write(rest[len(send) :])
             self.sent[name] += len(rest) - len(send)
             return
         if len(send) < len(rest) and fault != "short":
@@ -189,20 +208,37 @@ class Hub:
             handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment without the variables of the client and of proxies."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING")) and not name.lower().endswith("_proxy")
+    }
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub of three training shards and one for validation, the client pointed at it, and no waiting anywhere."""
+    """A hub of three training shards and one for validation, to which the client is pointed.
+
+    Nobody waits before trying again.
+    """
     hub = Hub()
     for number in range(1, 4):
         hub.files[f"fineweb_train_{number:06d}.bin"] = shard_bytes(number, 40_000 + number)
     hub.files["fineweb_val_000000.bin"] = shard_bytes(0, 10_001)
-    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING")) or name.lower().endswith("_proxy")]:
+    for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", constants.DOWNLOAD_CHUNK_SIZE)  # main sets it; put it back after
+    # main sets this one, and the test's end has to restore it.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", constants.DOWNLOAD_CHUNK_SIZE)
     monkeypatch.setattr(fineweb, "CHUNK", 16384)
     monkeypatch.setattr(fineweb, "WAITS", (0.001,) * 3)
     without_waiting = types.SimpleNamespace(sleep=lambda seconds: None)
@@ -217,13 +253,17 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def run(hub, tmp_path, monkeypatch, capsys):
     """Call the script with arguments: its exit code, its output, and its last line of complaint."""
+
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path / "shards"), *map(str, arguments)])
+        monkeypatch.setattr(
+            sys, "argv", [str(SCRIPT), "--out", str(tmp_path / "shards"), *map(str, arguments)]
+        )
         code = fineweb.main()
         out, err = capsys.readouterr()
         if code:
-            assert "Traceback" not in err and err.startswith("cached_fineweb10B.py: ") and err.count("\n") == 1, err
+            assert err.startswith("cached_fineweb10B.py: ") and err.count("\n") == 1, err
         return code, out, err
+
     return call
 
 
@@ -233,20 +273,28 @@ def have(folder: Path) -> dict[str, bytes]:
 
 def first(hub: Hub, count: int) -> dict[str, bytes]:
     """The files that `count` asks for."""
-    return {name: body for name, body in hub.files.items() if "val" in name or int(name[-10:-4]) <= count}
+    return {
+        name: body
+        for name, body in hub.files.items()
+        if "val" in name or int(name[-10:-4]) <= count
+    }
 
 
 def process(hub: Hub, folder: Path, *arguments, **environment) -> subprocess.Popen:
     """The script as a process of its own, pointed at the hub by the environment alone."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
-             and not name.lower().endswith("_proxy")}
-    return subprocess.Popen([sys.executable, str(SCRIPT), "--out", str(folder), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=clean | {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "HF_HOME": str(folder.parent / "home")} | environment)
+    here = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "HF_HOME": f"{folder.parent}/home"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--out", str(folder), *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=clean_environment() | here | environment,
+    )
 
 
 # -----------------------------------------------------------------------------
 # What is asked for arrives, once
+
 
 def test_a_run_fetches_what_was_asked_for_and_the_next_one_nothing(hub, run, tmp_path):
     code, out, err = run(2)
@@ -259,7 +307,8 @@ def test_a_run_fetches_what_was_asked_for_and_the_next_one_nothing(hub, run, tmp
 
     asked = len(hub.requests)
     code, out, err = run(2)
-    assert code == 0 and "already" in out and len(hub.requests) == asked  # not even the listing: the hub may be out of reach
+    assert code == 0 and "already" in out
+    assert len(hub.requests) == asked  # not even for the listing: the hub may be out of reach
 
     code, out, err = run()
     assert code == 0 and have(tmp_path / "shards") == hub.files
@@ -290,9 +339,11 @@ def test_another_dataset_has_another_folder_and_other_names(hub, run, tmp_path, 
 def test_the_token_goes_to_the_hub_and_no_further(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     assert run(1)[0] == 0
-    tokens = {role: {headers.get("authorization", headers.get("Authorization")) for where, _, headers in hub.requests if where == role}
-              for role in ("hub", "store")}
-    assert tokens == {"hub": {"Bearer hf_of_nobody"}, "store": {None}}
+    tokens = {
+        (role, headers.get("authorization", headers.get("Authorization")))
+        for role, _, headers in hub.requests
+    }
+    assert tokens == {("hub", "Bearer hf_of_nobody"), ("store", None)}
 
 
 def test_two_runs_at_once_share_the_work(hub, tmp_path):
@@ -312,20 +363,24 @@ def test_two_runs_at_once_share_the_work(hub, tmp_path):
 # -----------------------------------------------------------------------------
 # Interruptions
 
+
 def test_a_killed_run_continues_where_it_stopped(hub, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK", chunk := 1 << 20)  # the process has its own, of that size
+    chunk = 1 << 20  # the size that the script has in the process
+    monkeypatch.setattr(fineweb, "CHUNK", chunk)
     name = "fineweb_train_000001.bin"
     hub.files[name] = shard_bytes(1, 2_000_000)
     hub.faults[name] = ["hang"]
     killed = process(hub, tmp_path / "shards", 1, HF_TOKEN="hf_of_nobody")
     assert hub.hung.wait(30)
-    part, = (path for path in wait_for(lambda: list((tmp_path / "shards").glob(f"{name}.*.part"))))
+    (part,) = wait_for(lambda: list((tmp_path / "shards").glob(f"{name}.*.part")))
     wait_for(lambda: part.stat().st_size >= chunk)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=30)
     assert name not in have(tmp_path / "shards")
     hub.release.set()
-    assert ("hub", "Bearer hf_of_nobody") in {(where, headers.get("authorization")) for where, _, headers in hub.requests}
+    assert ("hub", "Bearer hf_of_nobody") in {
+        (where, headers.get("authorization")) for where, _, headers in hub.requests
+    }
 
     hub.sent.clear()
     assert run(1)[0] == 0
@@ -354,8 +409,20 @@ def test_control_c_ends_with_one_line(hub, tmp_path):
     assert "fineweb_train_000001.bin" not in have(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("faults", [["cut"], ["cut"] * 9, ["short"], ["cut", "no range"], ["damage"], ["cut", "damage"], ["503"], ["429", "500"]],
-                         ids=", ".join)
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["cut"],
+        ["cut"] * 9,
+        ["short"],
+        ["cut", "no range"],
+        ["damage"],
+        ["cut", "damage"],
+        ["503"],
+        ["429", "500"],
+    ],
+    ids=", ".join,
+)
 def test_faults_that_go_away_are_mended(hub, run, tmp_path, faults):
     name = "fineweb_train_000002.bin"
     hub.faults[name] = list(faults)
@@ -370,7 +437,7 @@ def test_faults_that_go_away_are_mended(hub, run, tmp_path, faults):
 def test_the_bar_goes_back_where_bytes_are_forgotten(tmp_path):
     moves = []
     with open(tmp_path / "part", "ab") as file:
-        metered = fineweb.Metered(file, moves.append, threading.Event())
+        metered = fineweb.MeteredFile(file, moves.append, threading.Event())
         metered.write(b"x" * 100)
         file.flush()
         metered.seek(30)
@@ -384,12 +451,20 @@ def test_a_shard_that_stays_broken_is_fetched_twice_and_named(hub, run, tmp_path
     hub.faults["fineweb_train_000002.bin"] = [fault]
     code, out, err = run(3)
     assert code == 2 and "fineweb_train_000002.bin" in err and "fineweb_train_000001.bin" not in err
-    assert have(tmp_path / "shards") == {name: body for name, body in hub.files.items() if "000002" not in name}
+    assert have(tmp_path / "shards") == {
+        name: body for name, body in hub.files.items() if "000002" not in name
+    }
     if fault == "damage!":
-        assert hub.sent["fineweb_train_000002.bin"] == 2 * len(hub.files["fineweb_train_000002.bin"])
+        assert hub.sent["fineweb_train_000002.bin"] == 2 * len(
+            hub.files["fineweb_train_000002.bin"]
+        )
 
 
-@pytest.mark.parametrize("listed", [{"oid": "a" * 64}, {"size": 81_000}, {"size": 82_000}], ids=["checksum", "too small", "too large"])
+@pytest.mark.parametrize(
+    "listed",
+    [{"oid": "a" * 64}, {"size": 81_000}, {"size": 82_000}],
+    ids=["checksum", "too small", "too large"],
+)
 def test_a_shard_that_is_not_what_the_hub_lists_is_named(hub, run, tmp_path, listed):
     hub.listed["fineweb_train_000001.bin"] = listed
     code, out, err = run(1)
@@ -402,7 +477,9 @@ def test_a_shard_that_is_no_shard_is_named(hub, run, tmp_path, with_checksum):
     good = hub.files["fineweb_train_000001.bin"]
     hub.files["fineweb_train_000001.bin"] = b"\1" + good[1:]  # the magic number
     hub.files["fineweb_train_000002.bin"] = good[:8] + b"\1" + good[9:]  # the number of tokens
-    hub.files["fineweb_train_000003.bin"] = good[:-2] + np.array([train_gpt.GPT2_VOCAB], dtype="<u2").tobytes()  # a token
+    hub.files["fineweb_train_000003.bin"] = (
+        good[:-2] + np.array([train_gpt.GPT2_VOCAB], dtype="<u2").tobytes()
+    )  # a token
     if not with_checksum:
         hub.listed = {name: {"oid": None} for name in hub.files}
     code, out, err = run(3)
@@ -430,9 +507,19 @@ def test_a_broken_shard_under_its_name_is_replaced(hub, run, tmp_path):
 # -----------------------------------------------------------------------------
 # What cannot work is said in one sentence, and leaves nothing behind
 
-@pytest.mark.parametrize("fault, words", [
-    ("404 RepoNotFound", "no dataset"), ("401 RepoNotFound", "no dataset"), ("401", "HF_TOKEN"), ("403", "HF_TOKEN"),
-    ("403 GatedRepo", "terms"), ("503", "503"), ("html", "no hub's")])
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("404 RepoNotFound", "no dataset"),
+        ("401 RepoNotFound", "no dataset"),
+        ("401", "HF_TOKEN"),
+        ("403", "HF_TOKEN"),
+        ("403 GatedRepo", "terms"),
+        ("503", "503"),
+        ("html", "no hub's"),
+    ],
+)
 def test_a_hub_that_refuses(hub, run, tmp_path, fault, words):
     hub.faults["tree"] = [fault + "!"]
     code, out, err = run(2)
@@ -460,10 +547,13 @@ def test_no_server_at_all(hub, run, tmp_path, monkeypatch):
 
 def test_a_server_that_dies_in_the_middle(hub, run, tmp_path):
     hub.faults["fineweb_train_000001.bin"] = ["cut!"]
-    hub.files["fineweb_train_000001.bin"] = hub.files["fineweb_train_000001.bin"][:3 * fineweb.CHUNK]
+    hub.files["fineweb_train_000001.bin"] = hub.files["fineweb_train_000001.bin"][
+        : 3 * fineweb.CHUNK
+    ]
     code, out, err = run(1)
-    assert code == 2 and "cannot reach" in err and have(tmp_path / "shards").keys() - first(hub, 0).keys() == {
-        path.name for path in (tmp_path / "shards").glob("*.part")}
+    assert code == 2 and "cannot reach" in err
+    parts = {path.name for path in (tmp_path / "shards").glob("*.part")}
+    assert have(tmp_path / "shards").keys() - first(hub, 0).keys() == parts
 
 
 def test_offline_is_said(hub, run, monkeypatch):
@@ -472,8 +562,14 @@ def test_offline_is_said(hub, run, monkeypatch):
     assert code == 2 and "HF_HUB_OFFLINE" in err and not hub.requests
 
 
-@pytest.mark.parametrize("arguments, words", [((9,), "has 3 training shards"), ((1, "--dataset", "no such/name at all"), "is no name"),
-                                              ((1, "--dataset", "kjj0/elsewhere"), "no dataset kjj0/elsewhere")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((9,), "has 3 training shards"),
+        ((1, "--dataset", "no such/name at all"), "is no name"),
+        ((1, "--dataset", "kjj0/elsewhere"), "no dataset kjj0/elsewhere"),
+    ],
+)
 def test_a_wrong_wish(run, tmp_path, arguments, words):
     code, out, err = run(*arguments)
     assert code == 2 and words in err and have(tmp_path / "shards") == {}
@@ -507,9 +603,11 @@ def test_the_disk_is_looked_at_first_and_only_for_what_is_missing(hub, run, tmp_
 def test_a_disk_that_fills_on_the_way(hub, run, tmp_path, monkeypatch):
     def full(file, data):
         raise OSError(fineweb.errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(fineweb.Metered, "write", full)
+
+    monkeypatch.setattr(fineweb.MeteredFile, "write", full)
     code, out, err = run(2)
-    assert code == 2 and "No space left" in err and not [name for name in have(tmp_path / "shards") if name.endswith(".bin")]
+    assert code == 2 and "No space left" in err
+    assert not list((tmp_path / "shards").glob("*.bin"))
 
 
 def test_a_folder_that_cannot_be_made(hub, run, tmp_path):
@@ -521,13 +619,16 @@ def test_a_folder_that_cannot_be_made(hub, run, tmp_path):
 # -----------------------------------------------------------------------------
 # --verify
 
+
 def test_verify_finds_a_changed_byte_and_fetches_nothing(hub, run, tmp_path):
     assert run(2)[0] == 0
     before = have(tmp_path / "shards")
     hub.sent.clear()
     assert run("--verify")[0] == 0
     path = tmp_path / "shards" / "fineweb_train_000002.bin"
-    path.write_bytes(before[path.name][:3000] + bytes([before[path.name][3000] ^ 1]) + before[path.name][3001:])
+    path.write_bytes(
+        before[path.name][:3000] + bytes([before[path.name][3000] ^ 1]) + before[path.name][3001:]
+    )
     code, out, err = run("--verify")
     assert code == 2 and path.name in err and "1 of 3" in err
     path.unlink()
@@ -553,15 +654,20 @@ def test_verify_of_nothing(run):
 
 
 # -----------------------------------------------------------------------------
-# run.sh on a machine with GPUs, where all programs are stand-ins that write down how they were called
+# run.sh on a machine with GPUs; all programs are stand-ins that write down how they were called
+
 
 @pytest.fixture
 def run_sh(tmp_path):
     def call(*arguments):
         root = tmp_path / "clone"
-        programs = {"bin/nvidia-smi": "echo 'GPU 0: one'; echo 'GPU 1: two'", 
-                    ".venv/bin/python": 'case "$*" in *device_count*) echo 2 ;; *) echo "python $*" >> calls ;; esac',
-                    ".venv/bin/torchrun": 'echo "torchrun $*" >> calls'}
+        programs = {
+            "bin/nvidia-smi": "echo 'GPU 0: one'; echo 'GPU 1: two'",
+            ".venv/bin/python": (
+                'case "$*" in *device_count*) echo 2 ;; *) echo "python $*" >> calls ;; esac'
+            ),
+            ".venv/bin/torchrun": 'echo "torchrun $*" >> calls',
+        }
         for name, line in programs.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -570,23 +676,35 @@ def run_sh(tmp_path):
             (root / name).write_text((ROOT / name).read_text())
         (root / ".venv" / "installed.txt").write_text((ROOT / "requirements.txt").read_text())
         (root / "calls").unlink(missing_ok=True)
-        done = subprocess.run(["bash", str(root / "run.sh"), *arguments], capture_output=True, text=True,
-                              env=os.environ | {"PATH": f"{root / 'bin'}:{os.environ['PATH']}"})
+        done = subprocess.run(
+            ["bash", str(root / "run.sh"), *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PATH": f"{root / 'bin'}:{os.environ['PATH']}"},
+        )
         assert done.returncode == 0, done.stderr
         return (root / "calls").read_text().splitlines(), done.stdout
+
     return call
 
 
 def test_run_sh_fetches_what_the_speedrun_needs(run_sh):
     settings = train_gpt.Hyperparameters()
-    shards = -(-(settings.num_iterations * settings.seqs_per_step * settings.train_seq_len + 1) // 100_000_000)
+    shards = -(
+        -(settings.num_iterations * settings.seqs_per_step * settings.train_seq_len + 1)
+        // 100_000_000
+    )
     calls, out = run_sh("--seed", "1")
     assert calls[0] == f"python data/cached_fineweb10B.py {shards}"
     assert calls[1].startswith("torchrun ") and calls[1].endswith("train_gpt.py --seed 1")
     assert "1.6 GB" in out
 
 
-@pytest.mark.parametrize("arguments", [("--train_files", "mine/*.bin"), ("--train_files=mine/*.bin",), ("--help",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [("--train_files", "mine/*.bin"), ("--train_files=mine/*.bin",), ("--help",)],
+    ids=" ".join,
+)
 def test_run_sh_leaves_other_data_alone(run_sh, arguments):
     calls, out = run_sh(*arguments)
     assert len(calls) == 1 and calls[0].startswith("torchrun ")

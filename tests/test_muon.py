@@ -1,29 +1,33 @@
-"""Newton-Schulz against one matrix at a time in float64, and Muon against a plain loop, in one process and in several."""
+"""Newton-Schulz against one matrix at a time in float64, and Muon against a plain loop, in one
+process and in several."""
 
 import pytest
 import torch
-import train_gpt
 import twins
 from conftest import LargestTensor
 
-zeropower, Muon = train_gpt.zeropower_via_newtonschulz5, train_gpt.Muon
+import train_gpt
 
-SHAPES = [(16, 16), (8, 32), (32, 8), (1, 24), (24, 1), (64, 48)]
+zeropower = train_gpt.zeropower_via_newtonschulz5
+Muon = train_gpt.Muon
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Newton-Schulz
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8), (1, 24), (24, 1), (64, 48)])
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_follows_the_quintic(shape, steps):
     G = torch.randn(shape)
+    before = G.clone()
     expected = twins.newton_schulz(G, steps)
-    exact, fast = zeropower(G, steps, torch.float32), zeropower(G, steps)
+    exact = zeropower(G, steps, torch.float32)
+    fast = zeropower(G, steps)
+    assert torch.equal(G, before)  # the input is left as it was
     assert exact.dtype == torch.float32 and fast.dtype == torch.bfloat16
     assert exact.shape == fast.shape == G.shape
     torch.testing.assert_close(exact.double(), expected, rtol=1e-4, atol=2e-6)
-    # bfloat16 has three digits; what remains after five steps of it is a direction that is right within a few percent.
+    # bfloat16 has three digits: after five steps the direction is right within a few percent.
     assert float((fast.double() - expected).norm() / expected.norm()) < 0.05
 
 
@@ -34,55 +38,55 @@ def test_singular_values_end_near_one_and_the_factors_stay(shape, scale):
     rows, cols = shape
     U, Vt = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (rows, cols))
     values = torch.linspace(0.2, 1, min(shape), dtype=torch.float64)
-    G = (scale * U[:, :len(values)] * values @ Vt[:len(values)]).float()
+    G = (scale * U[:, : len(values)] * values @ Vt[: len(values)]).float()
     X = zeropower(G, 5, torch.float32).double()
-    found = twins.nearest_orthogonal(G)
+    nearest = twins.nearest_orthogonal(G)
     singular = torch.linalg.svdvals(X)
-    assert 0.68 < singular.min() and singular.max() < 1.14  # what the quintic makes of any value between 0.03 and 1
-    product = X @ found.T if rows <= cols else found.T @ X  # symmetric, with the same values, where U and V are kept
+    # The quintic brings any value between 0.03 and 1 into this range.
+    assert singular.min() > 0.68 and singular.max() < 1.14
+    # Where U and V are kept, this product is symmetric and has the same singular values.
+    product = X @ nearest.T if rows <= cols else nearest.T @ X
     torch.testing.assert_close(product, product.T, rtol=0, atol=1e-4)
-    torch.testing.assert_close(torch.linalg.eigvalsh(product), singular.sort().values, rtol=1e-4, atol=1e-4)
+    eigenvalues = torch.linalg.eigvalsh(product)
+    torch.testing.assert_close(eigenvalues, singular.sort().values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch", [(1,), (5,), (2, 3)])
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
 def test_leading_dimensions_are_a_batch_of_independent_matrices(batch, shape):
-    G = torch.randn(*batch, *shape) * torch.logspace(-3, 3, torch.Size(batch).numel()).view(*batch, 1, 1)
+    scales = torch.logspace(-3, 3, torch.Size(batch).numel())
+    G = torch.randn(*batch, *shape) * scales.view(*batch, 1, 1)
     together = zeropower(G, 5, torch.float32)
-    assert together.shape == G.shape
-    one_by_one = torch.stack([zeropower(g, 5, torch.float32) for g in G.view(-1, *shape)]).view_as(G)
-    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
+    alone = torch.stack([zeropower(g, 5, torch.float32) for g in G.view(-1, *shape)])
+    torch.testing.assert_close(together, alone.view_as(G), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_matrix_stays_zero_beside_one_that_is_not(dtype):
     X = zeropower(torch.stack([torch.zeros(8, 16), torch.ones(8, 16)]), 5, dtype)
-    assert bool((X[0] == 0).all()) and bool(X[1].isfinite().all()) and bool(X[1].any())
+    assert not X[0].any() and bool(X[1].isfinite().all()) and bool(X[1].any())
 
 
 @pytest.mark.parametrize("shape", [(8, 256), (256, 8), (3, 256, 8)])
 def test_products_are_of_the_shorter_side(shape):
-    """A tall matrix is turned around, or its products would be (rows, rows)."""
+    """A tall matrix is transposed, or its products would be (rows, rows)."""
     G = torch.randn(shape)
     with LargestTensor() as seen:
         zeropower(G, 5)
     assert seen.elements <= G.numel()
 
 
-def test_input_is_left_as_it_was():
-    G = torch.randn(24, 8)
-    before = G.clone()
-    zeropower(G, 5)
-    assert torch.equal(G, before)
-
-
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match="16"):
         zeropower(torch.randn(16), 5)
+    with pytest.raises(ValueError, match="Adam"):
+        Muon([torch.nn.Parameter(torch.randn(16))])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Muon in one process
+
+MIXED = [(16, 16), (32, 8), (8, 32), (16, 16), (3, 8, 16), (32, 8), (16, 16), (3, 16, 8)]
 
 
 def make_params(shapes, seed=0):
@@ -97,86 +101,89 @@ def set_grads(params, seed, leave_out=()):
         p.grad = None if index in leave_out else grad
 
 
-MIXED = [(16, 16), (32, 8), (8, 32), (16, 16), (3, 8, 16), (32, 8), (16, 16), (3, 16, 8)]
+def step_both(pairs, seed, leave_out=()):
+    """A step of each optimizer, with the same gradients for the parameters of each."""
+    for params, optimizer in pairs:
+        set_grads(params, seed, leave_out)
+        optimizer.step()
+
+
+def muon_and_loop(dtype=torch.float32, **options):
+    """Equal parameters twice, with Muon and with the plain loop: two pairs for `step_both`."""
+    ours, plain = make_params(MIXED), make_params(MIXED)
+    for params in (ours, plain):
+        params[0].lr_mul = 3.0
+        params[5].lr_mul = 0.25
+    return (ours, Muon(ours, dtype=dtype, **options)), (plain, twins.PlainMuon(plain, **options))
+
+
+def assert_equal_params(pairs):
+    for p, expected in zip(pairs[0][0], pairs[1][0], strict=True):
+        torch.testing.assert_close(p, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.85, 0.95])
 def test_several_steps_equal_a_plain_loop(nesterov, momentum):
-    ours, plain = make_params(MIXED), make_params(MIXED)
-    for params in (ours, plain):
-        params[0].lr_mul, params[5].lr_mul = 3.0, 0.25
-    options = dict(lr=0.05, momentum=momentum, nesterov=nesterov, ns_steps=5)
-    optimizers = Muon(ours, dtype=torch.float32, **options), twins.PlainMuon(plain, **options)
+    pairs = muon_and_loop(lr=0.05, momentum=momentum, nesterov=nesterov, ns_steps=5)
     for step in range(4):
-        for params, optimizer in zip((ours, plain), optimizers):
-            set_grads(params, seed=step)
-            optimizer.step()
-    for p, expected in zip(ours, plain):
-        torch.testing.assert_close(p, expected, rtol=0, atol=2e-6)
+        step_both(pairs, step)
+    assert_equal_params(pairs)
 
 
 def test_default_dtype_stays_near_the_plain_loop():
-    ours, plain = make_params(MIXED), make_params(MIXED)
-    start = [p.detach().clone() for p in ours]
-    for params, optimizer in ((ours, Muon(ours, lr=0.05, momentum=0.9)), (plain, twins.PlainMuon(plain, lr=0.05, momentum=0.9))):
-        set_grads(params, seed=1)
-        optimizer.step()
-    for p, expected, before in zip(ours, plain, start):
+    pairs = muon_and_loop(dtype=torch.bfloat16, lr=0.05, momentum=0.9)
+    start = [p.detach().clone() for p in pairs[0][0]]
+    step_both(pairs, 1)
+    for p, expected, before in zip(pairs[0][0], pairs[1][0], start, strict=True):
         assert ((p - expected).norm() / (expected - before).norm()).item() < 0.05
 
 
-@pytest.mark.parametrize("shape, factor", [((16, 16), 1), ((8, 32), 1), ((32, 8), 2), ((3, 64, 4), 4), ((3, 4, 64), 1)])
+@pytest.mark.parametrize(
+    "shape, factor", [((16, 16), 1), ((8, 32), 1), ((32, 8), 2), ((3, 64, 4), 4), ((3, 4, 64), 1)]
+)
 def test_length_of_a_step_by_shape_and_by_parameter(shape, factor):
     (p,) = make_params([shape])
     p.lr_mul = 0.5
     before = p.detach().clone()
     set_grads([p], seed=3)
     Muon([p], lr=0.1, momentum=0.0, dtype=torch.float32).step()
-    matrix = shape[-2:]
-    expected = torch.stack([twins.newton_schulz(g, 5) for g in p.grad.view(-1, *matrix)]).view(shape)
-    torch.testing.assert_close((before - p.detach()).double(), 0.1 * 0.5 * factor * expected, rtol=1e-4, atol=1e-6)
+    updates = [twins.newton_schulz(g, 5) for g in p.grad.view(-1, *shape[-2:])]
+    expected = 0.1 * 0.5 * factor * torch.stack(updates).view(shape)
+    torch.testing.assert_close((before - p.detach()).double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_rate_and_momentum_of_the_groups_are_read_at_each_step():
-    ours, plain = make_params(MIXED), make_params(MIXED)
-    muon, loop = Muon(ours, lr=0.05, momentum=0.9, dtype=torch.float32), twins.PlainMuon(plain, lr=0.05, momentum=0.9)
+    pairs = muon_and_loop(lr=0.05, momentum=0.9)
+    muon, loop = pairs[0][1], pairs[1][1]
     for step, lr in enumerate((0.05, 0.02, 0.0, 0.01)):
         for group in muon.param_groups:
             group["lr"] = lr
         loop.lr = lr
-        for params, optimizer in ((ours, muon), (plain, loop)):
-            set_grads(params, seed=step)
-            optimizer.step()
-    for p, expected in zip(ours, plain):
-        torch.testing.assert_close(p, expected, rtol=0, atol=2e-6)
+        step_both(pairs, step)
+    assert_equal_params(pairs)
+    # Without momentum a step forgets all before it, as a new optimizer's first step does.
     for group in muon.param_groups:
-        group["momentum"] = 0.0  # then a step forgets all before it
-    start = [p.detach().clone() for p in ours]
-    set_grads(ours, seed=99)
-    muon.step()
-    for p, before in zip(ours, start):
-        fresh = torch.stack([twins.newton_schulz(g, 5) for g in p.grad.view(-1, *p.shape[-2:])]).view(p.shape)
-        factor = 0.01 * max(1, p.size(-2) / p.size(-1)) ** 0.5
-        torch.testing.assert_close((before - p.detach()).double(), factor * fresh, rtol=1e-3, atol=1e-5)
+        group["momentum"] = 0.0
+    fresh = twins.PlainMuon(pairs[1][0], lr=0.01, momentum=0.0)
+    pairs = pairs[0], (pairs[1][0], fresh)
+    step_both(pairs, 99)
+    assert_equal_params(pairs)
 
 
 def test_missing_gradient_counts_as_zero():
-    ours, plain = make_params(MIXED), make_params(MIXED)
-    start = ours[6].detach().clone()
-    muon, loop = Muon(ours, lr=0.05, momentum=0.9, dtype=torch.float32), twins.PlainMuon(plain, lr=0.05, momentum=0.9)
-    for params, optimizer in ((ours, muon), (plain, loop)):
-        for step, leave_out in enumerate([(0, 6), (1, 4, 6), (6,)]):  # number 6 never has one
-            set_grads(params, step, leave_out)
-            optimizer.step()
-    for p, expected in zip(ours, plain):
-        torch.testing.assert_close(p, expected, rtol=0, atol=2e-6)
-    assert torch.equal(ours[6], start)
+    pairs = muon_and_loop(lr=0.05, momentum=0.9)
+    never = pairs[0][0][6]
+    start = never.detach().clone()
+    for step, leave_out in enumerate([(0, 6), (1, 4, 6), (6,)]):
+        step_both(pairs, step, leave_out)
+    assert_equal_params(pairs)
+    assert torch.equal(never, start)
 
 
 @pytest.fixture
 def events(monkeypatch):
-    """What Muon does in which order, with another process in name only, which sends nothing but zeros."""
+    """What Muon does in which order; the other process exists in name only, and sends zeros."""
     recorded = []
 
     def orthogonalise(G, *args):
@@ -185,7 +192,7 @@ def events(monkeypatch):
 
     def gather(gathered, mine, async_op=False):
         recorded.append(("send", tuple(mine.shape[1:])))
-        gathered.zero_()[:len(mine)] = mine
+        gathered.zero_()[: len(mine)] = mine
         return Arrival(tuple(mine.shape[1:])) if async_op else None
 
     class Arrival:
@@ -196,10 +203,12 @@ def events(monkeypatch):
             recorded.append(("wait for", self.shape))
 
     monkeypatch.setattr(train_gpt, "zeropower_via_newtonschulz5", orthogonalise)
-    torchs_own = [getattr(torch.distributed, name, None) for name in ("all_gather_into_tensor", "all_gather_single")]
+    names = ("all_gather_into_tensor", "all_gather_single")
+    real = [f for f in (getattr(torch.distributed, name, None) for name in names) if f]
     for module in (torch.distributed, train_gpt):  # under whichever name the script has hold of it
-        for name in [name for name, value in vars(module).items() if any(value is f for f in torchs_own if f)]:
-            monkeypatch.setattr(module, name, gather)
+        for name, value in list(vars(module).items()):
+            if any(value is f for f in real):
+                monkeypatch.setattr(module, name, gather)
     return recorded
 
 
@@ -207,51 +216,45 @@ def test_parameters_of_one_shape_are_one_batch(events):
     params = make_params(MIXED)
     set_grads(params, seed=0)
     Muon(params, lr=0.05).step()
-    assert sorted(shape for _, shape in events) == [(1, 3, 8, 16), (1, 3, 16, 8), (1, 8, 32), (2, 32, 8), (3, 16, 16)]
+    batches = [(1, 3, 8, 16), (1, 3, 16, 8), (1, 8, 32), (2, 32, 8), (3, 16, 16)]
+    assert sorted(shape for _, shape in events) == batches
 
 
 def test_updates_travel_while_the_next_ones_are_worked_on(events):
     params = make_params([(16, 16)] * 4 + [(32, 8)] * 2 + [(8, 8)] * 2)
     set_grads(params, seed=0)
     Muon(params, lr=0.05, rank=0, world_size=2).step()
-    shapes = (16, 16), (32, 8), (8, 8)
-    assert events == [event for shape, n in zip(shapes, (2, 1, 1)) for event in [("work on", (n, *shape)), ("send", shape)]] + [
-        ("wait for", shape) for shape in shapes]
+    expected = []
+    for share, shape in ((2, (16, 16)), (1, (32, 8)), (1, (8, 8))):
+        expected += [("work on", (share, *shape)), ("send", shape)]
+    assert events == expected + [("wait for", shape) for shape in ((16, 16), (32, 8), (8, 8))]
 
 
 def test_state_dict_continues_where_it_was_saved():
     whole, first = make_params(MIXED), make_params(MIXED)
-    optimizers = [Muon(params, lr=0.05, dtype=torch.float32) for params in (whole, first)]
+    pairs = [(params, Muon(params, lr=0.05, dtype=torch.float32)) for params in (whole, first)]
     for step in range(2):
-        for params, optimizer in zip((whole, first), optimizers):
-            set_grads(params, step)
-            optimizer.step()
+        step_both(pairs, step)
     second = [torch.nn.Parameter(p.detach().clone()) for p in first]
     resumed = Muon(second, lr=0.05, dtype=torch.float32)
-    resumed.load_state_dict(optimizers[1].state_dict())
-    for params, optimizer in ((whole, optimizers[0]), (second, resumed)):
-        set_grads(params, seed=2)
-        optimizer.step()
-    for p, expected in zip(second, whole):
-        assert torch.equal(p, expected)
+    resumed.load_state_dict(pairs[1][1].state_dict())
+    step_both([pairs[0], (second, resumed)], 2)
+    assert all(torch.equal(p, expected) for p, expected in zip(second, whole, strict=True))
 
 
-def test_vectors_and_numbers_are_refused():
-    with pytest.raises(ValueError, match="Adam"):
-        Muon([torch.nn.Parameter(torch.randn(16))])
-
-
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Muon in several processes
 
-SHARED_OUT = [(16, 16)] * 5 + [(32, 8)] + [(3, 8, 16)] * 2  # 5, 1 and 2 of a shape: nothing divides by both 2 and 3
+# 5, 1 and 2 of a shape: no number of processes divides them all.
+SHARED_OUT = [(16, 16)] * 5 + [(32, 8)] + [(3, 8, 16)] * 2
 
 
 def train(rank, world_size):
     """Three steps; the parameters, and which of them this process keeps momentum for."""
     params = make_params(SHARED_OUT)
     params[3].lr_mul = 2.0
-    muon = Muon(params, lr=0.05, momentum=0.9, rank=rank, world_size=world_size, dtype=torch.float32)
+    options = dict(lr=0.05, momentum=0.9, dtype=torch.float32)
+    muon = Muon(params, rank=rank, world_size=world_size, **options)
     for step in range(3):
         set_grads(params, step, leave_out=(1,) if step == 1 else ())
         muon.step()
@@ -260,7 +263,9 @@ def train(rank, world_size):
 
 def worker(rank, world_size, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
     torch.save(train(rank, world_size), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -268,14 +273,15 @@ def worker(rank, world_size, folder):
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_processes_agree_with_one_and_share_the_momentum_out(world_size, tmp_path):
     expected, _ = train(0, 1)
-    # Forked: importing torch takes longer than all the rest.
-    torch.multiprocessing.start_processes(worker, (world_size, str(tmp_path)), nprocs=world_size, start_method="fork")
+    # The processes are forked, because importing torch takes longer than all the rest.
+    torch.multiprocessing.start_processes(
+        worker, (world_size, str(tmp_path)), nprocs=world_size, start_method="fork"
+    )
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for params, _ in results:
-        for p, alone in zip(params, expected):
+        for p, of_first, alone in zip(params, results[0][0], expected, strict=True):
             torch.testing.assert_close(p, alone, rtol=0, atol=1e-6)
-    for p, of_first in zip(results[-1][0], results[0][0]):
-        assert torch.equal(p, of_first)  # processes must not drift apart by a single bit
+            assert torch.equal(p, of_first)  # processes must not drift apart by a single bit
     keepers = torch.tensor([kept for _, kept in results]).sum(0)
     assert keepers.tolist() == [1] * len(SHARED_OUT)  # each parameter's momentum is kept once
-    assert max(sum(kept[:5]) for _, kept in results) == -(-5 // world_size)  # and no process has more than its share
+    assert max(sum(kept[:5]) for _, kept in results) == -(-5 // world_size)  # an equal share

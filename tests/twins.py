@@ -1,7 +1,7 @@
 """Slow, obvious twins of every clever part of train_gpt.py, and nothing clever in them.
 
-They are written from the specification, share no line with the script, and work on one matrix, one parameter or one
-whole sequence at a time, in float64 where nothing else is asked for.
+They are written from the specification and share no line with the script. They work on one matrix,
+one parameter or one whole sequence at a time, in float64 where nothing else is asked for.
 """
 
 import glob
@@ -12,50 +12,63 @@ import torch
 
 BLOCK = 128
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Attention
 
 
 def dense_mask(ids, boundary, window):
-    """Which token may attend which, (T, T) bool, query first: the definition, for all pairs at once."""
+    """Which token may attend which, (T, T) bool, query first, by the definition."""
     ids = torch.as_tensor(ids)
     document = np.cumsum(ids.cpu().numpy() == boundary)
     q, k = np.arange(len(ids))[:, None], np.arange(len(ids))[None, :]
     i, j = q // BLOCK, k // BLOCK
-    return torch.from_numpy((i - window < j) & (j <= i) & (k <= q) & (document[q] == document[k])).to(ids.device)
+    return torch.from_numpy(
+        (i - window < j) & (j <= i) & (k <= q) & (document[q] == document[k])
+    ).to(ids.device)
 
 
 def dense_attention(q, k, v, mask, scale):
-    """Softmax attention of q, k, v (..., T, head_dim) under a mask (T, T); zeros where a query sees nothing."""
+    """Softmax attention of q, k, v (..., T, head_dim) under a mask (T, T).
+
+    A query that sees nothing gets zeros.
+    """
     scores = (scale * q @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf)
     return torch.nan_to_num(torch.softmax(scores, dim=-1), nan=0.0) @ v
 
 
 def rotary(x):
-    """x (T, heads, head_dim): the pair of channels c and c + head_dim/2 is a complex number, turned clockwise by position
-    times frequency. A quarter of head_dim are the frequencies from 1 down to 1/1024; as many pairs do not turn."""
+    """x (T, heads, head_dim), of the same shape and dtype when turned.
+
+    The channels c and c + head_dim / 2 are one complex number, which is turned clockwise by its
+    position times its frequency. The first half of these numbers has frequencies from 1 down to
+    1/1024, and the other half does not turn.
+    """
     T, half = len(x), x.size(-1) // 2
     turning = half // 2
     frequency = [(1 / 1024) ** (c / (turning - 1)) for c in range(turning)] + [0.0] * turning
     exact = dict(dtype=torch.float64, device=x.device)
     angle = torch.arange(T, **exact)[:, None, None] * torch.tensor(frequency, **exact)
-    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(torch.ones_like(angle), -angle)
+    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(
+        torch.ones_like(angle), -angle
+    )
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # FP8
 
 
 def rounded(t, scale, dtype):
-    """t as FP8 sees it: times the scale, kept within the format, rounded; float64, with the scale still in it."""
+    """t times the scale, clamped to the FP8 format's range and rounded to it, in float64."""
     largest = torch.finfo(dtype).max
     return (t.float() * scale).clamp(-largest, largest).to(dtype).double()
 
 
 def fp8_mm(x, w, x_s, w_s):
     """x (T, in) @ w.T, with both operands in e4m3."""
-    return rounded(x, x_s, torch.float8_e4m3fn) @ rounded(w, w_s, torch.float8_e4m3fn).T / (x_s * w_s)
+    return (
+        rounded(x, x_s, torch.float8_e4m3fn) @ rounded(w, w_s, torch.float8_e4m3fn).T / (x_s * w_s)
+    )
 
 
 def fp8_mm_backward(grad, x, w, x_s, w_s, grad_s):
@@ -66,12 +79,12 @@ def fp8_mm_backward(grad, x, w, x_s, w_s, grad_s):
     return grad_x, grad_w
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Optimizers
 
 
 def newton_schulz(G, steps):
-    """One matrix: X <- a X + b (X X^T) X + c (X X^T)^2 X, as often as asked, from a Frobenius norm of 1."""
+    """Repeat X <- a X + b (X X^T) X + c (X X^T)^2 X for one matrix, scaled to norm 1 at first."""
     X = G.double() / (torch.linalg.matrix_norm(G.double()) + 1e-7)
     for _ in range(steps):
         XXt = X @ X.T
@@ -86,22 +99,33 @@ def nearest_orthogonal(G):
 
 
 class PlainMuon:
-    """One parameter at a time, and of a parameter of three dimensions one matrix at a time. Momentum in the textbook's
-    form (buffer = momentum * buffer + grad), which for a fixed momentum differs by a factor alone, that normalising removes."""
+    """One parameter at a time, and of a parameter of three dimensions one matrix at a time.
+
+    Momentum has the textbook's form, buffer = momentum * buffer + grad. For a fixed momentum it
+    differs from Muon's by a constant factor, which the normalisation removes.
+    """
 
     def __init__(self, params, lr, momentum, nesterov=True, ns_steps=5):
-        self.params, self.lr, self.momentum, self.nesterov, self.ns_steps = list(params), lr, momentum, nesterov, ns_steps
+        self.params, self.lr, self.momentum, self.nesterov, self.ns_steps = (
+            list(params),
+            lr,
+            momentum,
+            nesterov,
+            ns_steps,
+        )
         self.buffers = [torch.zeros_like(p, dtype=torch.float64) for p in self.params]
 
     @torch.no_grad()
     def step(self):
-        for p, buffer in zip(self.params, self.buffers):
+        for p, buffer in zip(self.params, self.buffers, strict=True):
             grad = torch.zeros_like(buffer) if p.grad is None else p.grad.double()
             buffer.mul_(self.momentum).add_(grad)
             ahead = grad + self.momentum * buffer if self.nesterov else buffer
             rows, cols = p.shape[-2:]
             length = self.lr * getattr(p, "lr_mul", 1.0) * max(1, rows / cols) ** 0.5
-            for matrix, direction in zip(p.view(-1, rows, cols), ahead.view(-1, rows, cols)):
+            for matrix, direction in zip(
+                p.view(-1, rows, cols), ahead.view(-1, rows, cols), strict=True
+            ):
                 matrix.sub_(length * newton_schulz(direction, self.ns_steps).to(p.dtype))
 
 
@@ -109,8 +133,15 @@ class PlainAdam:
     """Adam as in its paper, of (parameter, learning rate) pairs."""
 
     def __init__(self, params_and_rates, betas=(0.8, 0.95), eps=1e-10):
-        self.items = [(p, lr, torch.zeros_like(p, dtype=torch.float64), torch.zeros_like(p, dtype=torch.float64))
-                      for p, lr in params_and_rates]
+        self.items = [
+            (
+                p,
+                lr,
+                torch.zeros_like(p, dtype=torch.float64),
+                torch.zeros_like(p, dtype=torch.float64),
+            )
+            for p, lr in params_and_rates
+        ]
         self.betas, self.eps, self.steps = betas, eps, 0
 
     @torch.no_grad()
@@ -125,23 +156,28 @@ class PlainAdam:
             p.sub_((lr * lr_factor * m_hat / (v_hat.sqrt() + self.eps)).to(p.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Data
 
 
 def all_tokens(pattern):
     """The tokens of all shards that match, in the order of their names, as one array."""
-    return np.concatenate([np.fromfile(path, dtype="<u2", offset=1024) for path in sorted(glob.glob(str(pattern)))]).astype(np.int64)
+    return np.concatenate(
+        [np.fromfile(path, dtype="<u2", offset=1024) for path in sorted(glob.glob(str(pattern)))]
+    ).astype(np.int64)
 
 
 def sequence(tokens, index, seq_len, num_tokens):
-    """Sequence number `index` of the endless repetition of the tokens: inputs, and targets up to the run's last."""
+    """Inputs and targets of sequence number `index` of the endlessly repeated tokens.
+
+    Targets beyond the run's num_tokens are -100.
+    """
     at = index * seq_len + np.arange(seq_len)
     inputs, targets = tokens[at % len(tokens)], tokens[(at + 1) % len(tokens)]
     return inputs, np.where(at < num_tokens, targets, -100)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Schedules: a step's learning rate factor, momentum, and window in blocks
 
 
@@ -155,15 +191,18 @@ def momentum(step):
 
 
 def window(step, steps, max_window=1792):
-    """The least number of blocks, from one, that holds a length that grows evenly from nothing to 64 tokens short of the
-    longest window (so that the longest is reached before the last step)."""
+    """The least number of blocks, at least one, that holds a length which grows with the steps.
+
+    It grows evenly from nothing to 64 tokens short of the longest window, so that the longest
+    window is reached before the last step.
+    """
     blocks = 1
     while blocks * BLOCK < (max_window - 64) * step / steps:
         blocks += 1
     return blocks
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Network, from the weights by name, dense and in one piece
 
 
@@ -172,7 +211,10 @@ def rms_norm(x):
 
 
 def is_long(layer, num_layers):
-    """Whether a layer sees the long window: the first and the last, and every fourth from the nearer of them."""
+    """Whether a layer sees the long window.
+
+    The first and the last layer do, and every fourth, counted from the nearer of these two.
+    """
     return min(layer, num_layers - 1 - layer) % 4 == 0
 
 
@@ -182,8 +224,14 @@ def gpt_logits(weights, ids, window, *, num_layers, num_heads, head_dim, vocab_s
     long_mask = dense_mask(ids, vocab_size - 1, window)
     short_mask = dense_mask(ids, vocab_size - 1, max(1, window // 2))
     tables = [weights[f"value_embeds.embed.{n}.weight"][ids] for n in range(3)]
-    value_embeds = {0: tables[0], 1: tables[1], 2: tables[2],
-                    num_layers - 3: tables[0], num_layers - 2: tables[1], num_layers - 1: tables[2]}
+    value_embeds = {
+        0: tables[0],
+        1: tables[1],
+        2: tables[2],
+        num_layers - 3: tables[0],
+        num_layers - 2: tables[1],
+        num_layers - 1: tables[2],
+    }
     half, stored = num_layers // 2, {}
     x = x0 = rms_norm(weights["embed.weight"][ids])
     for layer in range(num_layers):
@@ -194,14 +242,23 @@ def gpt_logits(weights, ids, window, *, num_layers, num_heads, head_dim, vocab_s
         x = weights[name + "lambdas"][0] * x + weights[name + "lambdas"][1] * x0
         if name + "attn.qkv.weight" in weights:
             h = rms_norm(x)
-            q, k, v = ((h @ matrix.T).view(T, num_heads, head_dim) for matrix in weights[name + "attn.qkv.weight"])
+            q, k, v = (
+                (h @ matrix.T).view(T, num_heads, head_dim)
+                for matrix in weights[name + "attn.qkv.weight"]
+            )
             q, k = rotary(rms_norm(q)), rotary(rms_norm(k))
             v = weights[name + "attn.lambdas"][0] * v
             if layer in value_embeds:
-                v = v + weights[name + "attn.lambdas"][1] * value_embeds[layer].view(T, num_heads, head_dim)
+                v = v + weights[name + "attn.lambdas"][1] * value_embeds[layer].view(
+                    T, num_heads, head_dim
+                )
             mask = long_mask if is_long(layer, num_layers) else short_mask
             y = dense_attention(*(t.transpose(0, 1) for t in (q, k, v)), mask, 0.12)
-            x = x + y.transpose(0, 1).reshape(T, num_heads * head_dim) @ weights[name + "attn.c_proj.weight"].T
+            x = (
+                x
+                + y.transpose(0, 1).reshape(T, num_heads * head_dim)
+                @ weights[name + "attn.c_proj.weight"].T
+            )
         hidden = torch.relu(rms_norm(x) @ weights[name + "mlp.c_fc.weight"].T) ** 2
         x = x + hidden @ weights[name + "mlp.c_proj.weight"].T
         if layer < half:
