@@ -1,18 +1,23 @@
-"""Compile the GPU program of a training script on a machine that has no GPU, and look at it.
+"""Compile the GPU program of train_gpt.py on a machine that has no GPU, and look at it.
 
-    bash tests/gpu_program.sh                                     all cards, as CI runs it
-    python tests/gpu_program.py --capability 90 --top 10          one card, and its ten largest kernels
-    python tests/gpu_program.py --script OTHER.py --capability 90 --graphs training --no-kernels
+    bash tests/gpu_program.sh                                  all cards, as CI runs it
+    bash tests/gpu_program.sh --capability 90 --top 10         one card, and its slowest kernels
+    bash tests/gpu_program.sh --capability 90 --no-kernels --preset medium --train_seq_len 32768
 
-The script's own network, FP8 operators and optimizers run on fake CUDA tensors, which have shapes and no data. torch.compile
-does on them all that it does on a card, except that nothing is executed: inductor's scheduler tells what each kernel reads,
-writes and computes, and Triton and ptxas compile every kernel for the target. Exit code 1 where a graph breaks or a kernel does
-not compile or does not fit; 2 where the command is at fault.
+Flags that it does not know are the training script's own. The script's network runs on fake CUDA
+tensors, which have shapes and no data. torch.compile does on them all that it does on a card, but
+nothing is executed: inductor's scheduler tells what each kernel reads, writes and computes, and
+Triton and ptxas compile every kernel for the card. Exit code 1 where a graph breaks or a kernel
+does not compile or does not fit, 2 where the command is at fault.
 
-What differs from a card: the CUDA runtime is a library of a few functions that answer "one device" (SHIM below), the device's
-properties are those of CARDS, and where inductor would time several launch configurations of a kernel, the first one counts.
-Predicted times take each kernel at its data sheet's bandwidth or matmul rate, whichever is slower: a floor, not a measurement.
-Needs the CUDA build of torch 2.13, whose private names it uses (fetched in `private_names`), and a C compiler.
+The graphs are those of a training step and of a validation. Optimizers run eagerly: nothing of Muon
+or Adam is compiled. The FP8 operators are part of the graphs, since the compiler sees into them.
+
+What differs from a card: the CUDA runtime is a library of a few functions that answer "one device"
+(SHIM below), the device's properties are those of CARDS, and where a card would time several launch
+configurations of a kernel, the first one that fits counts. Predicted times take each kernel at its
+data sheet's bandwidth or matmul rate, whichever is slower: lower bounds, not measurements.
+Needs the CUDA build of torch 2.13, whose private names it uses (see `private_names`), and cc.
 """
 
 import argparse
@@ -23,22 +28,25 @@ import ctypes
 import dataclasses
 import importlib.util
 import math
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
+import unittest.mock
 from pathlib import Path
 
 TORCH_VERSION = "2.13.0"
+VOCAB_SIZE = 50257
 LAYERS_OF_OTHERS = 6
-WINDOW_BLOCKS = 14  # of 128 tokens: 1,792, the speedrun's last and longest window
 BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """The card that stands for a compute capability: what inductor asks about it, and its data sheet's dense rates."""
+    """The card that stands for a compute capability, with its data sheet's dense rates."""
 
     name: str
     shared_memory: int  # bytes that one thread block may take
@@ -85,101 +93,127 @@ class ProgramError(Exception):
 
 @dataclasses.dataclass
 class Kernel:
-    """One launch: what the scheduler counts, and which part of the network it computes."""
+    """One launch: what it moves and computes, and which operators of the network it stands for."""
 
     name: str
     operators: str
-    bytes: int
+    bytes: int  # with every buffer counted whole
+    inductor_bytes: int  # by inductor's own count, which cuts buffers short at 1e9 elements
     flop: float
-    fp8: bool = False
-    scheduler_bytes: int = 0  # by inductor's own count, which cuts large tensors short
 
     def seconds(self, card: Card) -> float:
         """The least that the card needs for it."""
-        return max(self.bytes / card.bandwidth, self.flop / (card.fp8 if self.fp8 else card.bf16))
+        rate = card.fp8 if "scaled_mm" in self.name else card.bf16
+        return max(self.bytes / card.bandwidth, self.flop / rate)
 
 
 @dataclasses.dataclass
 class Program:
-    """One compiled graph: its launches, and the most memory that its own tensors take at a time."""
+    """One compiled graph: its launches, and the most memory that its tensors take at a time."""
 
     name: str
     kernels: list[Kernel]
     peak_bytes: int
 
-    @property
-    def bytes(self) -> int:
-        return sum(kernel.bytes for kernel in self.kernels)
+    def total(self, field: str) -> float:
+        """The sum of a field over all kernels."""
+        return sum(getattr(kernel, field) for kernel in self.kernels)
 
-    @property
-    def flop(self) -> float:
-        return sum(kernel.flop for kernel in self.kernels)
+    def milliseconds(self, card: Card) -> float:
+        """The sum of all kernels' lower bounds."""
+        return 1000 * sum(kernel.seconds(card) for kernel in self.kernels)
 
 
-def load_shim() -> None:
-    """Put the pretended CUDA runtime before the real one. The name lets it also stand for the driver's library."""
+@dataclasses.dataclass
+class Resources:
+    """What a compiled kernel takes of a card."""
+
+    name: str
+    shared_memory: int  # bytes
+    registers: int  # a thread
+    stack: int  # bytes a thread, for registers that spill
+
+
+# --------------------------------------------------------------------------------------------------
+# The pretended card
+
+
+def load_shim():
+    """Put the pretended CUDA runtime before the real one, and in place of the driver."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "shim.c"), Path(folder, "shim.so")
         source.write_text(SHIM)
-        command = [
-            "cc",
-            "-shared",
-            "-fPIC",
-            "-w",
-            "-Wl,-soname,libcuda.so.1",
-            "-o",
-            library,
-            source,
-        ]
-        subprocess.run(command, check=True)
+        flags = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run(["cc", *flags, "-o", library, source], check=True)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def private_names() -> types.SimpleNamespace:
-    """Everything of torch and Triton that is not public, fetched in this one place."""
-    import torch._inductor.config as config
-    import torch._inductor.runtime.triton_helpers as triton_helpers
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor import memory
-    from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.codecache import PyCodeCache
-    from torch._inductor.codegen.simd import SIMDScheduling
-    from torch._inductor.codegen.triton import TritonScheduling
-    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+# Everything of torch and Triton that is not public.
+PRIVATE = (
+    "torch._dynamo.device_interface.CudaInterface",
+    "torch._inductor.config",
+    "torch._inductor.ir",
+    "torch._inductor.memory",
+    "torch._inductor.scheduler",
+    "torch._inductor.async_compile.AsyncCompile",
+    "torch._inductor.codecache.PyCodeCache",
+    "torch._inductor.codegen.triton.TritonScheduling",
+    "torch._inductor.fx_passes.joint_graph.UniformValueConstantFolder",
+    "torch._inductor.graph.GraphLowering",
+    "torch._inductor.runtime.triton_helpers",
+    "torch._inductor.virtualized.V",
+    "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "triton.backends.compiler.GPUTarget",
+    "triton.runtime.driver.driver",
+)
 
-    return types.SimpleNamespace(**{name: value for name, value in locals().items()})
+
+def private_names() -> types.SimpleNamespace:
+    """What PRIVATE lists, each by the last part of its name."""
+    names = {path.rpartition(".")[2]: pkgutil.resolve_name(path) for path in PRIVATE}
+    return types.SimpleNamespace(**names)
+
+
+def constant(answer):
+    """A function that gives this answer to whatever it is asked."""
+
+    def give(*_, **__):
+        return answer
+
+    return give
+
+
+def stay(module, device):
+    """Stands for a module's `to`."""
+    return module
 
 
 class PretendedCard:
-    """Stands in for a card and records what inductor makes for it. Exists once a process, before any tensor is on "cuda"."""
+    """Stands in for a card and records what inductor makes for it.
+
+    Exists once a process, before any tensor is on "cuda".
+    """
 
     def __init__(self, capability: int, torch, private: types.SimpleNamespace):
         self.capability, self.card = capability, CARDS[capability]
         self.torch, self.private = torch, private
+        self.stage = ""  # what is compiled now, for people
         self.programs: list[Program] = []
-        self.sources: dict[
-            str, tuple[str, str]
-        ] = {}  # Triton source to its kernel's name and its program's
-        self.stage = ""
-        self.pretend_properties()
+        # Triton source without its name, to the name and the source as it was.
+        self.sources: dict[str, tuple[str, str]] = {}
+        self.answer_questions()
+        self.fold_constants_on_the_host()
         self.record_programs()
 
-    def pretend_properties(self) -> None:
-        """Answer every question about the device as the card would."""
-        torch, private = self.torch, self.private
-        card = self.card
-        properties = types.SimpleNamespace(
-            name=card.name,
+    def properties(self) -> types.SimpleNamespace:
+        """The device's properties."""
+        return types.SimpleNamespace(
+            name=self.card.name,
             major=self.capability // 10,
             minor=self.capability % 10,
-            multi_processor_count=card.multiprocessors,
-            total_memory=card.memory_gib << 30,
+            multi_processor_count=self.card.multiprocessors,
+            total_memory=self.card.memory_gib << 30,
             warp_size=32,
             regs_per_multiprocessor=65536,
             max_threads_per_multi_processor=2048 if self.capability in (80, 90, 100) else 1536,
@@ -187,10 +221,13 @@ class PretendedCard:
             L2_cache_size=50 << 20,
             gcnArchName="",
             shared_memory_per_block=49152,
-            shared_memory_per_block_optin=card.shared_memory,
-            shared_memory_per_multiprocessor=card.shared_memory + 1024,
+            shared_memory_per_block_optin=self.card.shared_memory,
+            shared_memory_per_multiprocessor=self.card.shared_memory + 1024,
         )
-        state = torch.zeros(16, dtype=torch.uint8)
+
+    def answer_questions(self):
+        """Answer every question about the device as the card would."""
+        torch, private, properties = self.torch, self.private, self.properties()
         answers = {
             "is_available": True,
             "is_bf16_supported": True,
@@ -198,8 +235,8 @@ class PretendedCard:
             "current_device": 0,
             "get_device_properties": properties,
             "get_device_capability": (properties.major, properties.minor),
-            "get_device_name": card.name,
-            "get_rng_state": state,
+            "get_device_name": properties.name,
+            "get_rng_state": torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": None,
             "synchronize": None,
             "_lazy_init": None,
@@ -224,11 +261,19 @@ class PretendedCard:
         )
         private.driver.set_active(triton_driver)
         private.triton_helpers.set_driver_to_gpu = constant(None)
+        # Otherwise torch.tensor(..., device="cuda") would take memory on the device.
+        private.FakeTensorMode.avoid_device_init = True
+        private.config.compile_threads = 1
+        private.config.fx_graph_cache = False
+        private.config.use_static_cuda_launcher = False
+        torch._functorch.config.enable_autograd_cache = False
+
+    def fold_constants_on_the_host(self):
+        """Inductor computes constants for real: let it do so without a device."""
+        private, torch = self.private, self.torch
         fold_constants = private.UniformValueConstantFolder.run
 
         class OnTheHost(private.TorchDispatchMode):
-            """Constants are computed for real: let the host do it."""
-
             def __torch_dispatch__(self, function, _, arguments=(), keywords=None):
                 keywords = dict(keywords or {})
                 if keywords.get("device") is not None:
@@ -240,16 +285,10 @@ class PretendedCard:
                 return fold_constants(folder, *arguments)
 
         private.UniformValueConstantFolder.run = fold_on_the_host
-        # Otherwise torch.tensor(..., device="cuda") would take memory on the device.
-        private.FakeTensorMode.avoid_device_init = True
-        private.config.compile_threads = 1
-        private.config.fx_graph_cache = False
-        private.config.use_static_cuda_launcher = False
-        torch._functorch.config.enable_autograd_cache = False
 
-    def record_programs(self) -> None:
-        """Let inductor hand over each graph that it has scheduled, and its Triton kernels, instead of running them."""
-        private, torch = self.private, self.torch
+    def record_programs(self):
+        """Let inductor hand over its graphs and Triton kernels, instead of running them."""
+        private = self.private
         compile_to_module = private.GraphLowering.compile_to_module
         define_kernel = private.TritonScheduling.define_kernel
         kernel_of_node = {}
@@ -269,16 +308,11 @@ class PretendedCard:
             kernel_of_node.clear()
             module = compile_to_module(graph)
             self.programs.append(self.program(graph, kernel_of_node))
-            layouts = [output_layout(output) for output in graph.graph_outputs]
+            outputs = [self.describe_output(output) for output in graph.graph_outputs]
 
             def call(arguments):
                 arguments.clear()
-                return [
-                    torch.empty_strided(*layout[:2], dtype=layout[2], device=layout[3])
-                    if isinstance(layout, tuple)
-                    else layout
-                    for layout in layouts
-                ]
+                return [make() for make in outputs]
 
             return types.SimpleNamespace(call=call, __file__=module.__file__)
 
@@ -286,83 +320,68 @@ class PretendedCard:
         private.AsyncCompile.triton = keep_source
         private.GraphLowering.compile_to_module = compile_and_record
 
+    def describe_output(self, output):
+        """A function that makes a tensor like this output of a graph; or None, where it is none."""
+        if not hasattr(output, "get_size") or output.maybe_get_layout() is None:
+            return constant(None)
+        size, stride = (list(map(int, n)) for n in (output.get_size(), output.get_stride()))
+        place = dict(dtype=output.get_dtype(), device=output.get_device())
+
+        def make():
+            return self.torch.empty_strided(size, stride, **place)
+
+        return make
+
     def program(self, graph, kernel_of_node: dict[str, str]) -> Program:
         """What the scheduler knows of a graph after code was made for it."""
-        scheduler = graph.scheduler
-        kernels = []
+        nodes, memory = graph.scheduler.nodes, self.private.memory
         with self.private.V.set_graph_handler(graph):
-            for node in scheduler.nodes:
-                kernel = scheduled_kernel(node, kernel_of_node, graph)
-                if kernel.bytes:
-                    kernels.append(kernel)
-            inputs = self.private.memory.get_freeable_input_buf(
-                scheduler.nodes, set(graph.graph_inputs)
-            )
-            peak, _ = self.private.memory.estimate_peak_memory(
-                scheduler.nodes, inputs, set(graph.get_output_names())
-            )
-        passes = ["forward", "backward"][graph.is_backward]
-        return Program(f"{self.stage}, {passes}", kernels, peak)
+            kernels = [self.kernel(node, kernel_of_node, graph) for node in nodes]
+            inputs = memory.get_freeable_input_buf(nodes, set(graph.graph_inputs))
+            peak, _ = memory.estimate_peak_memory(nodes, inputs, set(graph.get_output_names()))
+        name = f"{self.stage}, {'backward' if graph.is_backward else 'forward'}"
+        return Program(name, [kernel for kernel in kernels if kernel.bytes], peak)
 
+    def kernel(self, node, kernel_of_node: dict[str, str], graph) -> Kernel:
+        """One node of the schedule: a Triton kernel, or a call of a library or an operator."""
+        parts = list(node.get_nodes())
+        external = str(getattr(node.node, "python_kernel_name", None) or type(node).__name__)
+        names = [kernel_of_node.get(part.get_name()) for part in parts]
+        origins = {
+            origin.name: None  # a dictionary keeps the order
+            for part in parts
+            if part.node is not None
+            for origin in part.node.get_origins()
+        }
+        accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+        if isinstance(node, self.private.scheduler.SchedulerNode):
+            whole = accesses
+        else:  # a fused or an external one, of which inductor counts 1e9 elements a buffer
+            whole = {name: max(n, self.whole_size(name, graph)) for name, n in accesses.items()}
+        return Kernel(
+            name=next(filter(None, names), external),
+            operators=" ".join(origins),
+            bytes=sum(whole.values()),
+            inductor_bytes=sum(accesses.values()),
+            flop=float(node.estimate_flops() or 0),
+        )
 
-def constant(answer):
-    """A function that gives this answer to whatever it is asked."""
-
-    def give(*_, **__):
-        return answer
-
-    return give
-
-
-def output_layout(output):
-    """Size, stride, dtype and device of a graph's output; or what stands for it, where it is no tensor."""
-    if not hasattr(output, "get_size") or output.maybe_get_layout() is None:
-        return None
-    size, stride = (
-        [int(n) for n in numbers] for numbers in (output.get_size(), output.get_stride())
-    )
-    return size, stride, output.get_dtype(), output.get_device()
-
-
-def moved_bytes(node, graph) -> int:
-    """What a kernel reads and writes. The scheduler counts at most 1e9 elements of a buffer, which is
-    too few for the logits: there the whole buffer counts."""
-    total = 0
-    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
-    for name, size in accesses.items():
+    def whole_size(self, name: str, graph) -> int:
+        """All bytes of a buffer; of an operator with several outputs, of those that are used."""
+        ir = self.private.ir
         buffer = graph.try_get_buffer(name)
-        whole = size
-        if buffer is not None and size >= 10**9 and buffer.maybe_get_size() is not None:
-            whole = math.prod(map(int, buffer.get_size())) * buffer.get_dtype().itemsize
-            cut_short = size == 10**9 * buffer.get_dtype().itemsize
-            whole = whole if cut_short else size
-        total += whole
-    return total
+        layout = buffer.maybe_get_layout() if isinstance(buffer, ir.IRNode) else None
+        if isinstance(layout, ir.MultiOutputLayout):
+            users = [user.node.node for user in graph.scheduler.name_to_buf[name].users]
+            outputs = [user for user in users if isinstance(user, ir.MultiOutput)]
+            return sum(self.whole_size(output.get_name(), graph) for output in outputs)
+        if not isinstance(layout, ir.Layout):
+            return 0
+        return math.prod(map(int, layout.size)) * layout.dtype.itemsize
 
 
-def scheduled_kernel(node, kernel_of_node: dict[str, str], graph) -> Kernel:
-    """One node of the schedule: a Triton kernel, or a call of a library or of a custom operator."""
-    names = [
-        kernel_of_node[part.get_name()]
-        for part in node.get_nodes()
-        if part.get_name() in kernel_of_node
-    ]
-    external = str(getattr(node.node, "python_kernel_name", None) or type(node).__name__)
-    name = names[0] if names else external
-    origins = dict.fromkeys(
-        origin.name
-        for part in node.get_nodes()
-        if part.node is not None
-        for origin in part.node.get_origins()
-    )
-    return Kernel(
-        name,
-        " ".join(origins),
-        moved_bytes(node, graph),
-        float(node.estimate_flops() or 0),
-        "scaled_mm" in name,
-        node.get_read_write_buffers_sizes(),
-    )
+# --------------------------------------------------------------------------------------------------
+# The script's graphs
 
 
 def load_script(path: str):
@@ -375,104 +394,142 @@ def load_script(path: str):
 
 
 class Lowering:
-    """Takes a script's graphs through torch.compile, one kind of graph a method, at the speedrun's sizes."""
+    """Takes the script's graphs through torch.compile, one graph a method."""
 
-    vocab_size, heads, head_dim, dim = 50257, 6, 128, 768
+    def __init__(self, script, hp, card: PretendedCard, mode):
+        self.script, self.hp, self.card, self.torch = script, hp, card, card.torch
+        self.mode = mode
+        self.blocks: dict[str, list[int]] = {}  # of each stage, see attention_blocks
+        self.state_bytes = 0
 
-    def __init__(self, script, card: PretendedCard, tokens: int, layers: int):
-        self.script, self.card, self.torch = script, card, card.torch
-        self.tokens, self.layers = tokens, layers
+    def network(self, stage: str, tokens: int, **changes):
+        """The network on the pretended card, with some settings changed."""
+        self.card.stage = stage
+        hp = dataclasses.replace(self.hp, **changes)
+        device = self.torch.device("cuda")
+        machine = self.script.Machine(device, self.card.card.name, self.torch.bfloat16)
+        # Fake parameters cannot be moved, so they are made where they will be.
+        unmoved = unittest.mock.patch.object(self.torch.nn.Module, "to", stay)
+        with self.mode, device, unmoved:
+            network = self.script.build_model(hp, VOCAB_SIZE, machine)
+            adam, muon = self.script.build_optimizers(network, hp, machine)
+        weights = sum(p.nbytes for p in network.parameters())
+        moments = sum(p.nbytes for group in adam.param_groups for p in 2 * group["params"])
+        self.state_bytes = weights + moments + sum(p.nbytes for p in muon.owner)
+        self.blocks[stage] = self.attention_blocks(network, tokens)
+        return network
 
-    def network(self, fp8: str):
-        """The network on the pretended card."""
-        with self.torch.device("cuda"):
-            return self.script.GPT(
-                *(self.vocab_size, self.layers, self.heads, self.head_dim, self.dim, self.tokens),
-                fp8=fp8,
-                train_seq_len=self.tokens,
-            )
-
-    def empty(self, *shape: int, dtype=None):
-        return self.torch.empty(shape, dtype=dtype, device="cuda")
-
-    def sequence(self, tokens: int) -> tuple:
-        """Inputs, targets and window of a sequence."""
+    def inputs(self, tokens: int) -> tuple:
+        """Ids, targets and window of a sequence, without data."""
         torch = self.torch
-        ids, targets = (self.empty(tokens, dtype=dtype) for dtype in (torch.int32, torch.int64))
-        return ids, targets, self.empty(dtype=torch.int32)
+        shapes = ((tokens,), torch.int32), ((tokens,), torch.int64), ((), torch.int32)
+        return tuple(torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in shapes)
 
-    def training(self, fp8: str) -> None:
+    def attention_blocks(self, network, tokens: int) -> list[int]:
+        """How many blocks of 128 x 128 each attention call computes, first layer first.
+
+        At the longest window, in documents of about 700 tokens, lognormally distributed, as on the
+        web.
+        """
+        torch, script = self.torch, self.script
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.empty(tokens).log_normal_(6.05, 1.0, generator=generator)
+        starts = lengths.long().clamp(min=2).cumsum(0)
+        ids = torch.zeros(tokens, dtype=torch.int32)
+        ids[starts[starts < tokens]] = VOCAB_SIZE - 1
+        window = torch.tensor(self.hp.max_window // BLOCK, dtype=torch.int32)
+        masks = network.create_block_masks(ids, window)
+        counts = {id(m): int(m.kv_num_blocks.sum() + m.full_kv_num_blocks.sum()) for m in masks}
+        used = []
+
+        def note(q, k, v, block_mask, scale):
+            used.append(counts[id(block_mask)])
+            return torch.empty_like(v)
+
+        attention = script.attention
+        network.create_block_masks, script.attention = constant(masks), note
+        with self.mode, torch.no_grad():
+            network.hidden(self.inputs(tokens)[0], self.inputs(tokens)[2])
+        script.attention = attention
+        del network.create_block_masks
+        return used
+
+    def training(self, fp8: str):
         """A micro-step, forward and backward."""
-        self.card.stage = f"training, FP8 {fp8}"
-        network = self.network(fp8)
+        tokens = self.hp.train_seq_len
+        network = self.network(f"training, FP8 {fp8}", tokens, fp8=fp8)
         compiled = self.torch.compile(network, dynamic=False, fullgraph=True)
-        compiled(*self.sequence(self.tokens)).backward()
+        with self.mode:
+            compiled(*self.inputs(tokens)).backward()
 
-    def validation(self) -> None:
+    def validation(self):
         """The loss of a sequence, without gradients."""
-        self.card.stage = "validation"
-        network = self.network("none").eval()
+        tokens = self.hp.val_seq_len
+        network = self.network("validation", tokens).eval()
         compiled = self.torch.compile(network, dynamic=False, fullgraph=True)
-        with self.torch.no_grad():
-            compiled(*self.sequence(self.tokens))
+        with self.mode, self.torch.no_grad():
+            compiled(*self.inputs(tokens))
 
-    def operators(self) -> None:
-        """The FP8 operators' own kernels, at the head's sizes: their casts, and the products."""
-        torch = self.torch
-        rows = math.ceil(self.vocab_size / BLOCK) * BLOCK
-        x = self.empty(self.tokens, self.dim, dtype=torch.bfloat16)
-        w = self.empty(rows, self.dim, dtype=torch.float32)
-        grad = self.empty(self.tokens, rows, dtype=torch.bfloat16)
-        scales = 2.0, 512.0, 524288.0
-        self.card.stage = "FP8 operator of the head, forward"
-        with torch.no_grad():
-            _, x_f8, w_f8 = self.script.mm_op._init_fn(x, w, *scales)
-            self.card.stage = "FP8 operator of the head, backward"
-            self.script.mm_backward_op._init_fn(grad, x_f8, w_f8, *scales)
+    def count_attention(self, program: Program):
+        """Give attention kernels the FLOP of their blocks.
 
-    def optimizers(self) -> None:
-        """Muon's step and Adam's; what they do not compile leaves no program."""
-        torch = self.torch
-        network = self.network("none")
-        for parameter in network.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        matrices = [p for p in network.blocks.parameters() if p.ndim >= 2]
-        others = [p for p in network.parameters() if not any(p is matrix for matrix in matrices)]
-        self.card.stage = "Muon's step"
-        muon = dict(lr=0.05, momentum=0.95, nesterov=True, ns_steps=5, rank=0, world_size=1)
-        self.script.Muon(matrices, **muon).step()
-        self.card.stage = "Adam's step"
-        torch.optim.Adam(others, fused=True).step()
+        Forward that is two products, backward seven, since scores are computed twice.
+        """
+        stage, _, way = program.name.rpartition(", ")
+        blocks = self.blocks[stage][:: -1 if way == "backward" else 1]
+        product = 2 * BLOCK * BLOCK * self.hp.head_dim * self.hp.num_heads
+        kernels = [kernel for kernel in program.kernels if "flex_attention" in kernel.name]
+        for kernel, count in zip(kernels, blocks, strict=True):
+            kernel.flop = product * count * (7 if way == "backward" else 2)
 
-
-def lower(lowering: Lowering, graphs: list[str]) -> None:
-    """Compile the chosen graphs, and say where one breaks."""
-    supported = lowering.card.capability >= 89
-    head = "head" if supported else "none"
-    steps = {
-        "training": [lambda: lowering.training(head)],
-        "variants": [
-            lambda fp8=fp8: lowering.training(fp8) for fp8 in ("none", "all") if supported
-        ],
-        "validation": [lowering.validation],
-        "operators": [lowering.operators] if supported else [],
-        "optimizers": [lowering.optimizers],
-    }
-    for graph in graphs:
-        for step in steps[graph]:
-            lowering.torch._dynamo.reset()
+    def run(self, graphs: list[str]):
+        """Compile the chosen graphs. Raises ProgramError where one breaks."""
+        supported = self.script.fp8_supported(self.torch.device("cuda"))
+        variants = [fp8 for fp8 in ("none", "all") if fp8 != self.hp.fp8] if supported else []
+        steps = {
+            "training": [(self.training, self.hp.fp8 if supported else "none")],
+            "variants": [(self.training, fp8) for fp8 in variants],
+            "validation": [(self.validation,)],
+        }
+        for step, *arguments in [step for graph in graphs for step in steps[graph]]:
+            self.torch._dynamo.reset()
             try:
-                step()
+                step(*arguments)
             except Exception as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-                raise ProgramError(
-                    f"{lowering.card.stage}: {type(error).__name__}: {first}. A small network of this file went through "
-                    "the same way, so the fault is the script's"
-                ) from error
+                fault = whose_fault(error, self.script.__file__)
+                raise ProgramError(f"{self.card.stage}: {sentence(error)}; {fault}") from error
+        for program in self.card.programs:
+            self.count_attention(program)
 
 
-def canary(card: PretendedCard) -> None:
-    """Take a small network through all that the script's will meet: where this fails, torch is not the one expected."""
+def sentence(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"
+
+
+def whose_fault(error: BaseException, script: str) -> str:
+    """The script's, where frames of it lie in the tracebacks, or in the stack that was traced.
+
+    Otherwise that of the file which the innermost frame is of.
+    """
+    frames = []
+    while error is not None:
+        frames += traceback.extract_tb(error.__traceback__)
+        frames += getattr(error, "real_stack", [])
+        error = error.__cause__
+    guilty = [frame for frame in frames if frame.filename == script]
+    if guilty:
+        return f"the script is at fault, at {Path(script).name}, line {guilty[-1].lineno}."
+    if frames[-1].filename == __file__:
+        return f"gpu_program.py itself is at fault, at line {frames[-1].lineno}."
+    return (
+        f"torch is at fault, or cannot do this, at {frames[-1].filename}, line {frames[-1].lineno}."
+    )
+
+
+def canary(card: PretendedCard):
+    """Take a small network the same way. Where it fails, the script is not at fault."""
     torch = card.torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -487,49 +544,44 @@ def canary(card: PretendedCard) -> None:
         return flex_attention(q, q, q, block_mask=mask).float().square().mean()
 
     card.stage = "canary"
-    torch.compile(network, dynamic=False, fullgraph=True)(
-        torch.empty(256, 512, device="cuda")
-    ).backward()
+    compiled = torch.compile(network, dynamic=False, fullgraph=True)
+    compiled(torch.empty(256, 512, device="cuda")).backward()
     card.programs.clear()
     card.sources.clear()
 
 
-@dataclasses.dataclass
-class Resources:
-    """What a compiled kernel takes of a card."""
-
-    name: str
-    shared_memory: int
-    registers: int
-    stack: int  # bytes a thread spills or indexes
+# --------------------------------------------------------------------------------------------------
+# The kernels
 
 
 def compile_kernels(card: PretendedCard) -> list[Resources]:
-    """Every Triton kernel through Triton and ptxas, in the first launch configuration that fits."""
-    found = []
-    for name, source in card.sources.values():
-        kernel = getattr(card.private.PyCodeCache.load(source), name)
-        problems = []
-        for configuration in kernel.configs:
-            try:
-                compiled = kernel._precompile_config(configuration)
-            except Exception as error:
-                problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
-                continue
-            compiled = getattr(compiled, "kernel", compiled)
-            if compiled.metadata.shared <= card.card.shared_memory:
-                found.append(resources(name, compiled))
-                break
-            problems.append(
-                f"{compiled.metadata.shared} bytes of shared memory, of {card.card.shared_memory}"
-            )
-        else:
-            raise ProgramError(f"{name} does not compile or does not fit: {'; '.join(problems)}")
-    return found
+    """Every Triton kernel through Triton and ptxas. Raises ProgramError where one fails."""
+    return [compile_kernel(card, name, source) for name, source in card.sources.values()]
+
+
+def compile_kernel(card: PretendedCard, name: str, source: str) -> Resources:
+    """One kernel in the first launch configuration that compiles and fits."""
+    kernel = getattr(card.private.PyCodeCache.load(source), name)
+    problems = []
+    for configuration in kernel.configs:
+        try:
+            compiled = kernel._precompile_config(configuration)
+        except Exception as error:
+            problems.append(sentence(error))
+            continue
+        compiled = getattr(compiled, "kernel", compiled)
+        needed = compiled.metadata.shared
+        if needed <= card.card.shared_memory:
+            return resources(name, compiled)
+        problems.append(f"it needs {needed} of {card.card.shared_memory} bytes of shared memory")
+    raise ProgramError(
+        f"{name} does not compile or does not fit: {'; '.join(dict.fromkeys(problems))}; "
+        "the script is at fault, which asks for a kernel of this size, or torch, which wrote it."
+    )
 
 
 def resources(name: str, compiled) -> Resources:
-    """Registers and stack from the machine code, for which the attention kernels alone are worth the time."""
+    """Registers and stack from the machine code, for the attention kernels alone: it takes time."""
     numbers = {"REG": 0, "STACK": 0}
     if "flex_attention" in name:
         import triton
@@ -538,88 +590,62 @@ def resources(name: str, compiled) -> Resources:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            told = subprocess.run(
-                [tool, "-res-usage", file.name], capture_output=True, text=True
-            ).stdout
+            command = [tool, "-res-usage", file.name]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         numbers |= {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", told)}
     return Resources(name, compiled.metadata.shared, numbers["REG"], numbers["STACK"])
 
 
-def attention_blocks(lowering: Lowering, mode) -> list[int]:
-    """How many blocks of 128 x 128 each attention call computes, first layer first: at the longest window, in documents of
-    about 700 tokens, lognormally distributed, as in web text."""
-    torch, script = lowering.torch, lowering.script
-    with mode:
-        network = lowering.network("none")
-    lengths = torch.empty(lowering.tokens).log_normal_(
-        6.05, 1.0, generator=torch.Generator().manual_seed(0)
+# --------------------------------------------------------------------------------------------------
+# The report
+
+
+def describe(programs: list[Program], name: str, card: Card):
+    """A line for a program, or for several together."""
+    gigabytes, by_inductor, teraflop = (
+        sum(program.total(field) for program in programs) / unit
+        for field, unit in (("bytes", 1e9), ("inductor_bytes", 1e9), ("flop", 1e12))
     )
-    starts = lengths.long().clamp(min=2).cumsum(0)
-    ids = torch.zeros(lowering.tokens, dtype=torch.int32)
-    ids[starts[starts < lowering.tokens]] = lowering.vocab_size - 1
-    masks = network.create_block_masks(ids, torch.tensor(WINDOW_BLOCKS, dtype=torch.int32))
-    blocks = [int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) for mask in masks]
-    made, used, create, attend = [], [], network.create_block_masks, script.attention
-
-    def create_and_note(*arguments):
-        made.extend(create(*arguments))
-        return tuple(made)
-
-    def note_mask(q, k, v, block_mask, scale):
-        used.append(next(i for i, mask in enumerate(made) if mask is block_mask))
-        return torch.empty_like(v)
-
-    network.create_block_masks, script.attention = create_and_note, note_mask
-    try:
-        with mode, torch.no_grad():
-            network(*lowering.sequence(lowering.tokens))
-    finally:
-        script.attention = attend
-    return [blocks[i] for i in used]
-
-
-def count_attention(program: Program, blocks: list[int], lowering: Lowering) -> None:
-    """Give each attention kernel the FLOP of its blocks: two products forward, and seven backward, which computes scores twice."""
-    product = 2 * BLOCK * BLOCK * lowering.head_dim * lowering.heads
-    backward = program.name.endswith("backward")
-    calls = [kernel for kernel in program.kernels if "triton_tem" in kernel.name]
-    for kernel, count in zip(calls, blocks[::-1] if backward else blocks, strict=False):
-        kernel.flop = product * count * (7 if backward else 2)
-
-
-def count_fp8_operators(program: Program, lowering: Lowering) -> None:
-    """The head's products, which the scheduler does not see into."""
-    product = 2 * lowering.tokens * math.ceil(lowering.vocab_size / BLOCK) * BLOCK * lowering.dim
-    for kernel in program.kernels:
-        if "nanogpt.mm" in kernel.name and not program.name.startswith("training, FP8 all"):
-            kernel.flop = product * (2 if "backward" in kernel.name else 1)
-            kernel.fp8 = True
-
-
-def describe(program: Program, card: Card, top: int) -> None:
-    """A line for a program, and its largest kernels."""
-    milliseconds = 1000 * sum(kernel.seconds(card) for kernel in program.kernels)
     print(
-        f"  {program.name}: {len(program.kernels)} kernels, {program.bytes / 1e9:.1f} GB, "
-        f"{program.flop / 1e12:.2f} TFLOP, predicted {milliseconds:.1f} ms, "
-        f"peak of its own tensors {program.peak_bytes / 2**30:.1f} GiB"
+        f"  {name}: {sum(len(program.kernels) for program in programs)} kernels, "
+        f"{by_inductor:.1f} GB by inductor's count, {gigabytes:.1f} GB with large buffers counted "
+        f"whole, {teraflop:.2f} TFLOP, at least "
+        f"{sum(program.milliseconds(card) for program in programs):.1f} ms, "
+        f"peak {max(program.peak_bytes for program in programs) / 2**30:.1f} GiB"
     )
+
+
+def describe_slowest(program: Program, card: Card, top: int):
+    """The slowest kernels of a program."""
     for kernel in sorted(program.kernels, key=lambda kernel: -kernel.seconds(card))[:top]:
         print(
-            f"    {1000 * kernel.seconds(card):7.3f} ms {kernel.bytes / 1e9:6.2f} GB {kernel.flop / 1e12:6.3f} TFLOP  "
-            f"{kernel.name[:60]}: {kernel.operators[:160]}"
+            f"    {1000 * kernel.seconds(card):7.3f} ms {kernel.bytes / 1e9:6.2f} GB "
+            f"{kernel.flop / 1e12:6.3f} TFLOP  {kernel.name[:50]}: {kernel.operators[:110]}"
         )
 
 
-def look(arguments: argparse.Namespace) -> None:
-    """One script on one card: lower, count, compile, print."""
+def describe_kernels(compiled: list[Resources], card: Card):
+    """The number of kernels, and a line for each kind of attention kernel."""
+    print(f"  {len(compiled)} different Triton kernels compiled, all of which fit")
+    seen = collections.Counter()
+    for kernel in compiled:
+        if "flex_attention" in kernel.name:
+            way = "backward" if "backward" in kernel.name else "forward"
+            line = f"{way}: {kernel.shared_memory} of {card.shared_memory} bytes of shared memory"
+            seen[f"{line}, {kernel.registers} registers, {kernel.stack} bytes of stack"] += 1
+    for line, number in seen.items():
+        print(f"  attention {line} ({number} kernels)")
+
+
+def prepare(arguments: argparse.Namespace) -> Lowering:
+    """The pretended card, seen to work, and the script for it. Raises ProgramError."""
     load_shim()
     import torch
 
     if torch.__version__.split("+")[0] != TORCH_VERSION or not torch.version.cuda:
         raise SystemExit(
-            f"gpu_program.py needs the CUDA build of torch {TORCH_VERSION}, found {torch.__version__}; "
-            "run bash tests/gpu_program.sh, which installs it."
+            f"gpu_program.py needs the CUDA build of torch {TORCH_VERSION}, found "
+            f"{torch.__version__}; run bash tests/gpu_program.sh, which installs it."
         )
     try:
         card = PretendedCard(arguments.capability, torch, private_names())
@@ -628,71 +654,46 @@ def look(arguments: argparse.Namespace) -> None:
             canary(card)
     except Exception as error:
         raise ProgramError(
-            f"torch's private names are not those of {TORCH_VERSION}, and the script is not at fault: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"torch is at fault, or gpu_program.py itself, and not the script: a small network "
+            f"does not compile: {sentence(error)}."
         ) from error
-    lowering = Lowering(load_script(arguments.script), card, arguments.tokens, arguments.layers)
-    blocks = attention_blocks(lowering, mode)
-    with mode:
-        lower(lowering, arguments.graphs)
+    script = load_script(arguments.script)
+    hp, _ = script.parse_arguments(arguments.flags)
+    return Lowering(script, hp, card, mode)
+
+
+def look(arguments: argparse.Namespace):
+    """One script on one card: lower, count, compile, print. Raises ProgramError."""
+    lowering = prepare(arguments)
+    lowering.run(arguments.graphs)
+    hp, programs, card = lowering.hp, lowering.card.programs, lowering.card.card
     print(
-        f"capability {arguments.capability / 10} ({card.card.name}), {arguments.layers} layers, {arguments.tokens} tokens"
+        f"capability {arguments.capability / 10} ({card.name}), {hp.num_layers} layers, "
+        f"{hp.train_seq_len} tokens in training, {hp.val_seq_len} in validation; besides each "
+        f"peak, weights and optimizers' state take {lowering.state_bytes / 2**30:.1f} GiB"
     )
-    for program in card.programs:
-        count_attention(program, blocks, lowering)
-        count_fp8_operators(program, lowering)
-        describe(program, card.card, arguments.top)
-    step = [program for program in card.programs if program.name.startswith("training")][:2]
+    for program in programs:
+        describe([program], program.name, card)
+        describe_slowest(program, card, arguments.top)
+    step = [program for program in programs if program.name.startswith("training")][:2]
     if step:
-        print(
-            f"  a micro-step: {sum(program.bytes for program in step) / 1e9:.1f} GB (by inductor's "
-            f"own count {sum(k.scheduler_bytes for program in step for k in program.kernels) / 1e9:.1f}), predicted "
-            f"{1000 * sum(k.seconds(card.card) for program in step for k in program.kernels):.1f} ms"
-        )
+        describe(step, "a micro-step", card)
     if not arguments.no_kernels:
-        compiled = compile_kernels(card)
-        print(f"  {len(compiled)} Triton kernels compiled")
-        seen = collections.Counter()
-        for kernel in compiled:
-            if "flex_attention" in kernel.name:
-                way = "backward" if "backward" in kernel.name else "forward"
-                line = (
-                    f"  attention {way}: {kernel.shared_memory} of {card.card.shared_memory} bytes of shared memory, "
-                    f"{kernel.registers} registers, {kernel.stack} bytes of stack a thread"
-                )
-                seen[line] += 1
-        for line, number in seen.items():
-            print(f"{line} ({number} kernels)")
+        describe_kernels(compile_kernels(lowering.card), card)
 
 
 def look_at_all(arguments: argparse.Namespace) -> int:
-    """Every card, each in a process of its own, two at a time."""
+    """Every card, each in a process of its own, two at a time. Returns the exit code."""
 
     def start(capability: int) -> subprocess.CompletedProcess:
-        layers = arguments.layers if capability == 90 else min(arguments.layers, LAYERS_OF_OTHERS)
-        command = [
-            sys.executable,
-            __file__,
-            "--script",
-            arguments.script,
-            "--capability",
-            str(capability),
-        ]
-        command += [
-            "--tokens",
-            str(arguments.tokens),
-            "--layers",
-            str(layers),
-            "--top",
-            str(arguments.top),
-        ]
-        command += ["--graphs", *arguments.graphs] + ["--no-kernels"] * arguments.no_kernels
+        command = [sys.executable, __file__, *sys.argv[1:], "--capability", str(capability)]
+        if capability != 90:
+            command += ["--num_layers", str(LAYERS_OF_OTHERS)]
         return subprocess.run(command, capture_output=True, text=True)
 
+    print(f"All layers for capability 9.0, and {LAYERS_OF_OTHERS} for the others, to save time.")
+    print("Times are lower bounds, at the rates of data sheets; nothing has run on a GPU.")
     code = 0
-    print(
-        f"Capability 9.0 with {arguments.layers} layers, the others with at most {LAYERS_OF_OTHERS}, to save time."
-    )
     order = sorted(CARDS, key=lambda capability: capability != 90)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for done in pool.map(start, order):
@@ -704,24 +705,16 @@ def look_at_all(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--script", default=str(Path(__file__).resolve().parents[1] / "train_gpt.py")
-    )
-    parser.add_argument(
-        "--capability", type=int, choices=CARDS, help="one card alone; default: all"
-    )
-    parser.add_argument("--tokens", type=int, default=48 * 1024)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument(
-        "--top", type=int, default=0, help="print so many of each program's slowest kernels"
-    )
-    graphs = ["training", "variants", "validation", "operators", "optimizers"]
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    script = Path(__file__).resolve().parents[1] / "train_gpt.py"
+    graphs = ["training", "variants", "validation"]
+    parser.add_argument("--script", default=str(script), help="the training script")
+    parser.add_argument("--capability", type=int, choices=CARDS, help="one card alone")
     parser.add_argument("--graphs", nargs="+", choices=graphs, default=graphs)
-    parser.add_argument(
-        "--no-kernels", action="store_true", help="count, and compile nothing by ptxas"
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("--top", type=int, default=0, help="slowest kernels to print of each graph")
+    parser.add_argument("--no-kernels", action="store_true", help="count, and compile none")
+    arguments, arguments.flags = parser.parse_known_args()
     if not Path(arguments.script).is_file():
         parser.error(f"there is no script at {arguments.script}")
     if arguments.capability is None:
