@@ -28,6 +28,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import math
+import os
 import pkgutil
 import re
 import subprocess
@@ -89,6 +90,10 @@ int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) {
 
 class ProgramError(Exception):
     """A reason to fail, in one sentence: what was found, and whose fault it is."""
+
+
+class UsageError(Exception):
+    """What the user can mend, in one sentence."""
 
 
 @dataclasses.dataclass
@@ -163,6 +168,7 @@ PRIVATE = (
     "torch._inductor.runtime.triton_helpers",
     "torch._inductor.virtualized.V",
     "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch._subclasses.fake_tensor.unset_fake_temporarily",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "triton.backends.compiler.GPUTarget",
     "triton.runtime.driver.driver",
@@ -478,7 +484,7 @@ class Lowering:
         stage, _, way = program.name.rpartition(", ")
         blocks = self.blocks[stage][:: -1 if way == "backward" else 1]
         product = 2 * BLOCK * BLOCK * self.hp.head_dim * self.hp.num_heads
-        kernels = [kernel for kernel in program.kernels if "flex_attention" in kernel.name]
+        kernels = [kernel for kernel in program.kernels if "triton_tem" in kernel.name]
         for kernel, count in zip(kernels, blocks, strict=True):
             kernel.flop = product * count * (7 if way == "backward" else 2)
 
@@ -583,7 +589,7 @@ def compile_kernel(card: PretendedCard, name: str, source: str) -> Resources:
 def resources(name: str, compiled) -> Resources:
     """Registers and stack from the machine code, for the attention kernels alone: it takes time."""
     numbers = {"REG": 0, "STACK": 0}
-    if "flex_attention" in name:
+    if "triton_tem" in name:
         import triton
 
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -629,7 +635,7 @@ def describe_kernels(compiled: list[Resources], card: Card):
     print(f"  {len(compiled)} different Triton kernels compiled, all of which fit")
     seen = collections.Counter()
     for kernel in compiled:
-        if "flex_attention" in kernel.name:
+        if "triton_tem" in kernel.name:
             way = "backward" if "backward" in kernel.name else "forward"
             line = f"{way}: {kernel.shared_memory} of {card.shared_memory} bytes of shared memory"
             seen[f"{line}, {kernel.registers} registers, {kernel.stack} bytes of stack"] += 1
@@ -637,28 +643,39 @@ def describe_kernels(compiled: list[Resources], card: Card):
         print(f"  attention {line} ({number} kernels)")
 
 
-def prepare(arguments: argparse.Namespace) -> Lowering:
-    """The pretended card, seen to work, and the script for it. Raises ProgramError."""
+def pretend(kind: type, capability: int) -> tuple:
+    """A pretended card of this class, and the mode in which tensors are fake."""
     load_shim()
     import torch
 
     if torch.__version__.split("+")[0] != TORCH_VERSION or not torch.version.cuda:
-        raise SystemExit(
+        raise UsageError(
             f"gpu_program.py needs the CUDA build of torch {TORCH_VERSION}, found "
             f"{torch.__version__}; run bash tests/gpu_program.sh, which installs it."
         )
     try:
-        card = PretendedCard(arguments.capability, torch, private_names())
-        mode = card.private.FakeTensorMode(allow_non_fake_inputs=True)
+        card = kind(capability, torch, private_names())
+        return card, card.private.FakeTensorMode(allow_non_fake_inputs=True)
+    except Exception as error:
+        raise ProgramError(f"torch is at fault, not the script: {sentence(error)}.") from error
+
+
+def prepare(arguments: argparse.Namespace) -> Lowering:
+    """The pretended card, seen to work, and the script for it. Raises ProgramError."""
+    card, mode = pretend(PretendedCard, arguments.capability)
+    try:
         with mode:
             canary(card)
     except Exception as error:
         raise ProgramError(
-            f"torch is at fault, or gpu_program.py itself, and not the script: a small network "
-            f"does not compile: {sentence(error)}."
+            "torch is at fault, or gpu_program.py itself, and not the script, since a small "
+            f"network does not compile: {sentence(error)}."
         ) from error
     script = load_script(arguments.script)
-    hp, _ = script.parse_arguments(arguments.flags)
+    try:
+        hp, _ = script.parse_arguments(arguments.flags)
+    except script.UserError as error:
+        raise UsageError(str(error)) from error
     return Lowering(script, hp, card, mode)
 
 
@@ -682,21 +699,35 @@ def look(arguments: argparse.Namespace):
         describe_kernels(compile_kernels(lowering.card), card)
 
 
-def look_at_all(arguments: argparse.Namespace) -> int:
-    """Every card, each in a process of its own, two at a time. Returns the exit code."""
+def look_at_numbers(arguments: argparse.Namespace):
+    """The attention kernels' numbers, by Triton's interpreter. Raises ProgramError."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import gpu_numbers
 
-    def start(capability: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, __file__, *sys.argv[1:], "--capability", str(capability)]
-        if capability != 90:
-            command += ["--num_layers", str(LAYERS_OF_OTHERS)]
+    print(f"numbers of the kernels for capability {arguments.capability / 10}, on the CPU")
+    gpu_numbers.compare(arguments.script, arguments.capability)
+
+
+def look_at_all(arguments: argparse.Namespace) -> int:
+    """Every card and the numbers, each in a process of its own, two at a time.
+
+    Returns the exit code.
+    """
+
+    def start(flags: list[str]) -> subprocess.CompletedProcess:
+        command = [sys.executable, __file__, *sys.argv[1:], *flags]
         return subprocess.run(command, capture_output=True, text=True)
 
     print(f"All layers for capability 9.0, and {LAYERS_OF_OTHERS} for the others, to save time.")
     print("Times are lower bounds, at the rates of data sheets; nothing has run on a GPU.")
+    parts = [["--capability", "90"], ["--capability", "90", "--numbers"]]
+    for capability in CARDS:
+        if capability != 90:
+            flags = ["--num_layers", str(LAYERS_OF_OTHERS)]
+            parts.append(["--capability", str(capability), *flags])
     code = 0
-    order = sorted(CARDS, key=lambda capability: capability != 90)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for done in pool.map(start, order):
+        for done in pool.map(start, parts):
             print(done.stdout, end="", flush=True)
             if done.returncode:
                 print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
@@ -714,18 +745,24 @@ def main() -> int:
     parser.add_argument("--graphs", nargs="+", choices=graphs, default=graphs)
     parser.add_argument("--top", type=int, default=0, help="slowest kernels to print of each graph")
     parser.add_argument("--no-kernels", action="store_true", help="count, and compile none")
+    parser.add_argument("--numbers", action="store_true", help="see tests/gpu_numbers.py")
     arguments, arguments.flags = parser.parse_known_args()
     if not Path(arguments.script).is_file():
         parser.error(f"there is no script at {arguments.script}")
-    if arguments.capability is None:
+    if arguments.capability is None and not arguments.numbers:
         return look_at_all(arguments)
+    arguments.capability = arguments.capability or 90
     try:
-        look(arguments)
-    except ProgramError as error:
+        if arguments.numbers:
+            look_at_numbers(arguments)
+        else:
+            look(arguments)
+    except (ProgramError, UsageError) as error:
         print(f"gpu_program.py: capability {arguments.capability / 10}: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, ProgramError) else 2
     return 0
 
 
 if __name__ == "__main__":
+    sys.modules["gpu_program"] = sys.modules["__main__"]  # for gpu_numbers.py
     sys.exit(main())
