@@ -1,22 +1,22 @@
 """Where the time of a step goes.
 
-    python tests/bench.py --gpu          at the speedrun's shapes
-    python tests/bench.py --cpu          at the tiny preset's shapes
-    python tests/bench.py --data         how fast shards are read and made
-    python tests/bench.py --dist         what 1, 2 and 4 processes spend on communication
-    python tests/bench.py --checkpoint   how long training stands still for a checkpoint, and how
-                                         fast it is written
+    python tests/bench.py --gpu             at the speedrun's shapes
+    python tests/bench.py --cpu             at the tiny preset's shapes
+    python tests/bench.py --versus OLD.py   a step of this script and of another, in turn
+    python tests/bench.py --data            how fast shards are read and made
+    python tests/bench.py --dist            what several processes spend on communication
+    python tests/bench.py --checkpoint      how long training stands still for a checkpoint
 
-It measures the machine first (matmul rates, copy bandwidth), then one process's micro-step (forward,
-backward, optimizer), then each part alone, beside its floor: the larger of its operations over the
-measured matmul rate and its bytes over the measured bandwidth. Each figure is the median of several
-repetitions, with the fastest and the slowest.
+It measures the machine first (matmul rates, copy bandwidth), then one process's micro-step
+(forward, backward, optimizer), then each part alone, beside its floor: the larger of its operations
+over the measured matmul rate and its bytes over the measured bandwidth. Each figure is the median
+of several repetitions, with the fastest and the slowest.
 """
 
 import argparse
-import contextlib
 import functools
 import glob
+import importlib.util
 import itertools
 import json
 import math
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,12 +76,14 @@ class Bench:
             )
         source = torch.empty(copied, dtype=torch.uint8, device=machine.device)
         target = torch.empty_like(source)
-        self.bandwidth = (
-            2 * copied / self.time(lambda: target.copy_(source)).median * 1000
-        )  # read once, written once
+        seconds = self.time(lambda: target.copy_(source)).median / 1000
+        self.bandwidth = 2 * copied / seconds  # read once, written once
 
     def time(self, function, before=lambda: None) -> Timing:
-        """Repeat `before` and, timed, `function`: at least three times, at most twenty, for about self.seconds."""
+        """Repeat `before` and, timed, `function`, for about self.seconds.
+
+        At least three times, and at most twenty.
+        """
         for _ in range(2):
             before()
             function()
@@ -109,7 +112,7 @@ class Bench:
 def draw_batch(
     length: int, vocab_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Made-up ids and targets, with a document's beginning every 700 tokens or so, as in FineWeb."""
+    """Made-up ids and targets, in documents of about 700 tokens, as in FineWeb."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size - 1, (length + 1,), generator=generator)
     ids[torch.rand(length + 1, generator=generator) < 1 / 700] = vocab_size - 1
@@ -139,8 +142,7 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
     optimizers = t.build_optimizers(network, hp, machine)
     model = compiled(network, machine)
     start = time.perf_counter()
-    reducer = t.GradientReducer(network, optimizers, machine)
-    t.warm_up(model, optimizers, hp, vocab_size, reducer)
+    t.warm_up(model, network, optimizers, hp, machine)
     machine.synchronize()
     compile_seconds = time.perf_counter() - start
 
@@ -161,9 +163,8 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
         for i, block in enumerate(network.blocks)
         if block.attn
     )
-    attention = (
-        4 * pairs * t.BLOCK**2 * hp.num_heads * hp.head_dim
-    )  # two matmuls forward; five more than two backward
+    # Two matmuls forward, five backward.
+    attention = 4 * pairs * t.BLOCK**2 * hp.num_heads * hp.head_dim
     hidden = (
         2 * hp.train_seq_len * sum(p.numel() for p in network.blocks.parameters() if p.ndim > 1)
     )
@@ -202,7 +203,7 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
     if not machine.is_gpu:  # where a step's sequences run side by side
         batches = [(ids, targets)] * hp.seqs_per_step
         whole = bench.time(
-            lambda: t.training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer)
+            lambda: t.training_step(model, optimizers, batches, window, hp.seqs_per_step, machine)
         )
         bench.row(
             "whole step",
@@ -212,26 +213,28 @@ def whole_step(bench: Bench, hp: t.Hyperparameters, vocab_size: int) -> list[str
         step = whole.median
     flops = 3 * (hidden + head) + 3.5 * attention
     allocated, reserved = machine.peak_memory()
+    mfu = flops * hp.seqs_per_step / step * 1000 / bench.flops[bench.dtype]
     return [
-        f"a step of {hp.seqs_per_step} micro-steps: {step:.1f} ms; of a micro-step: {micro_step:.1f} ms, {hp.train_seq_len} tokens",
+        f"a step of {hp.seqs_per_step} micro-steps: {step:.1f} ms; of a micro-step: "
+        f"{micro_step:.1f} ms, {hp.train_seq_len} tokens",
         f"tokens/s: {hp.seqs_per_step * hp.train_seq_len / step * 1000:.0f}",
-        f"MFU: {flops * hp.seqs_per_step / step * 1000 / bench.flops[bench.dtype]:.1%} of the measured matmul rate",
-        f"peak memory: {allocated} MiB allocated, {reserved} MiB reserved"
-        + (
-            f"; the model of memory says {t.memory_needed(network, hp, hp.train_seq_len) / 2**20:.0f} MiB"
-            if machine.is_gpu
-            else ""
-        ),
+        f"MFU: {mfu:.1%} of the measured matmul rate",
+        f"peak memory: {allocated} MiB allocated, {reserved} MiB reserved",
         f"warm-up, with compilation: {compile_seconds:.1f} s",
     ]
 
 
 def time_to_target(folder: str, seeds: int = 3) -> str:
-    """Seconds of training until the tiny preset has reached nanoGPT's loss on tiny Shakespeare: runs whose last step is
-    where they do, in processes of their own."""
+    """Seconds of training until the tiny preset has reached nanoGPT's loss on tiny Shakespeare.
+
+    Runs whose last step is where they do, in processes of their own.
+    """
     target, steps = 1.9087, 230
     if not glob.glob(os.path.join(folder, "*train*.bin")):
-        return f"seconds to {target} on Shakespeare: skipped, for there are no shards in {folder} (--shakespeare FOLDER)"
+        return (
+            f"seconds to {target} on Shakespeare: skipped, for there are no shards in {folder} "
+            "(--shakespeare FOLDER)"
+        )
     found = []
     with tempfile.TemporaryDirectory() as logs:
         for seed in range(seeds):
@@ -262,8 +265,9 @@ def time_to_target(folder: str, seeds: int = 3) -> str:
             found.append((int(last[1]) / 1000, float(last[0])))
     times, losses = zip(*found, strict=True)
     return (
-        f"seconds of training to {target} on Shakespeare, {steps} steps, median of {seeds} seeds: {statistics.median(times):.1f} "
-        f"({min(times):.1f} to {max(times):.1f}); loss {min(losses):.4f} to {max(losses):.4f}"
+        f"seconds of training to {target} on Shakespeare, {steps} steps, median of {seeds} seeds: "
+        f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f}); "
+        f"loss {min(losses):.4f} to {max(losses):.4f}"
         + ("" if max(losses) <= target else ", NOT reached by all")
     )
 
@@ -307,7 +311,7 @@ def parts(bench: Bench, hp: t.Hyperparameters, vocab_size: int, shard_folder: st
         )
         bench.row(
             f"attention, window {window}",
-            bench.time(both_ways(lambda q, k, v: attend(q, k, v, mask), q, k, v)),
+            bench.time(both_ways(functools.partial(attend, mask=mask), q, k, v)),
             bench.floor(14 * listed_blocks(mask) * t.BLOCK**2 * H * D, 12 * q.nbytes),
         )
 
@@ -356,7 +360,7 @@ def parts(bench: Bench, hp: t.Hyperparameters, vocab_size: int, shard_folder: st
 
 
 def data(machine: t.Machine, seconds: float) -> None:
-    """The loader beside a plain copy of the same bytes out of a memory map, and data/local_text.py on 200 MB of text."""
+    """The loader beside a plain copy of its bytes, and data/local_text.py on 200 MB of text."""
     with tempfile.TemporaryDirectory() as folder:
         # First, while this process is small: a child's peak counts from what its parent held.
         text = Path(folder, "text.txt")
@@ -370,12 +374,11 @@ def data(machine: t.Machine, seconds: float) -> None:
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        elapsed, peak = (
-            time.perf_counter() - start,
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
-        )
+        rate = text.stat().st_size / (time.perf_counter() - start) / 1e6
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(
-            f"local_text.py: {text.stat().st_size / elapsed / 1e6:.0f} MB/s of input, start and end included; peak memory {peak:.0f} MiB"
+            f"local_text.py: {rate:.0f} MB/s of input, start and end included; peak memory "
+            f"{peak:.0f} MiB"
         )
 
         length, count = 48 * 1024, 200
@@ -394,353 +397,162 @@ def data(machine: t.Machine, seconds: float) -> None:
             ("loader, as bytes", read),
             ("loader, as int32 and int64 ids", sequence),
         ):
-            print(
-                f"{name:<32}{length * count / timing.median / 1e6:9.2f} billion tokens/s{copy.median / timing.median:9.2f} of the copy"
-            )
+            rate = length * count / timing.median / 1e6
+            share = copy.median / timing.median
+            print(f"{name:<32}{rate:9.2f} billion tokens/s{share:9.2f} of the copy")
+
+
+# ---------------------------------------------------------------------------------------------
+# Two scripts in turn
+
+
+def stepper(path: Path, hp: t.Hyperparameters, shards: str):
+    """A function of nothing that takes one step of the tiny preset with the script at `path`."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}_{id(hp)}", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    machine = script.Machine.detect()
+    loader = script.DistributedDataLoader(shards, hp.train_seq_len, repeat=True)
+    model = script.build_model(hp, loader.vocab_size, machine)
+    optimizers = script.build_optimizers(model, hp, machine)
+    last = machine
+    if hasattr(script, "GradientReducer"):  # up to commit fbb587f
+        last = script.GradientReducer(model, optimizers, machine)
+
+    def step():
+        window = script.set_schedule(optimizers, hp.num_iterations, hp, machine)
+        batches = [loader.next_batch() for _ in range(hp.seqs_per_step)]
+        script.training_step(model, optimizers, batches, window, hp.seqs_per_step, last)
+
+    return step
+
+
+def versus(other: str, hp: t.Hyperparameters, rounds: int = 60) -> None:
+    """Steps of this script and of another in turn, the order changed every time; their ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder, "shard.bin")
+        tokens = np.random.default_rng(0).integers(0, 256, 200_000, dtype=np.uint16)
+        shard.write_bytes(shard_header(len(tokens), 257) + tokens.tobytes())
+        steps = [stepper(path, hp, str(shard)) for path in (Path(other), ROOT / "train_gpt.py")]
+        found = [], []
+        for number in range(rounds + 5):  # the first five only warm up
+            for index in (0, 1) if number % 2 else (1, 0):
+                begin = time.perf_counter()
+                steps[index]()
+                if number >= 5:
+                    found[index].append(1000 * (time.perf_counter() - begin))
+    for name, runs in zip((other, "train_gpt.py"), found, strict=True):
+        print(f"{name}: {Timing(runs)} milliseconds a step")
+    low, middle, high = statistics.quantiles([b / a for a, b in zip(*found, strict=True)], n=4)
+    print(f"ratio, this one to the other: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
 
 
 # ---------------------------------------------------------------------------------------------
 # Several processes
 
 
-class Afterwards(t.GradientReducer):
-    """The obvious way: each gradient summed up everywhere, by itself, after the backward pass."""
-
-    def __init__(self, model, *args):
-        super().__init__(model, *args)
-        self.parameters = list(model.parameters())
-
-    def ready(self, p) -> None:
-        pass
-
-    def finish(self, total) -> None:
-        if self.machine.world_size > 1:
-            self.in_flight += [
-                (dist.all_reduce(p.grad, async_op=True), None, [])
-                for p in self.parameters
-                if p.grad is not None
-            ]
-        super().finish(total)
-
-
-class Everywhere(t.GradientReducer):
-    """As the trainer's, but each gradient is summed up for all processes, Muon's too."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.owner = {}
-
-
-CHOICES = {
-    "(a) all-reduce after the backward pass": Afterwards,
-    "(b) all-reduce as ready, in buckets": Everywhere,
-    "(c) kept: as (b), but Muon's to their owner": t.GradientReducer,
-}
-
-
-class Traffic:
-    """Counts what goes over the network, in bytes that a process sends (it receives as many), at the calls of collectives, and
-    the time that is spent waiting for what Muon gathers."""
-
-    def __init__(self, world_size: int):
-        self.sent, self.calls, self.waited = 0.0, 0, 0.0
-        share = (world_size - 1) / world_size  # of a ring: each process passes on all parts but one
-        self.count(dist, "all_reduce", lambda t: 2 * share * t.nbytes)
-        self.count(
-            dist, "reduce", lambda t: share * t.nbytes
-        )  # on average, when the owners take turns
-        self.count(t, "all_gather", lambda gathered: share * gathered.nbytes)
-        gather = t.all_gather
-        t.all_gather = lambda *args, **kwargs: Waiting(gather(*args, **kwargs), self)
-
-    def count(self, module, name, cost) -> None:
-        function = getattr(module, name)
-
-        def counted(tensor, *args, **kwargs):
-            self.sent, self.calls = self.sent + cost(tensor), self.calls + 1
-            return function(tensor, *args, **kwargs)
-
-        setattr(module, name, counted)
-
-
-@dataclass
-class Waiting:
-    """What Muon waits for, and how long."""
-
-    work: object
-    traffic: Traffic
-
-    def wait(self) -> None:
-        start = time.perf_counter()
-        self.work.wait()
-        self.traffic.waited += time.perf_counter() - start
-
-
 def steps_of_a_process(
-    rank: int, world_size: int, folder: str, hp: t.Hyperparameters, vocab_size: int, seconds: float
+    rank: int, world_size: int, folder: str, hp: t.Hyperparameters, vocab_size: int, rounds: int
 ) -> None:
-    """Steps by each choice in turn, for about so many seconds; process 0 writes the figures, means over the processes."""
+    """Steps of one of several processes; process 0 writes down what they took."""
     torch.set_num_threads(1)
     machine = t.Machine(torch.device("cpu"), "CPU", torch.float32, rank, rank, world_size)
     if world_size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous{world_size}",
-            rank=rank,
-            world_size=world_size,
-        )
-    traffic = Traffic(world_size)
+        address = f"file://{folder}/rendezvous"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     model = t.build_model(hp, vocab_size, machine)
     optimizers = t.build_optimizers(model, hp, machine)
-    watchdog = argparse.Namespace(place=0)
-    choices = CHOICES if world_size > 1 else {"alone": t.GradientReducer}
-    reducers = {
-        name: choice(model, optimizers, machine, watchdog) for name, choice in choices.items()
-    }
-    batch = draw_batch(hp.train_seq_len, vocab_size, machine.device)
+    batches = [draw_batch(hp.train_seq_len, vocab_size, machine.device)]
+    batches *= hp.seqs_per_step // world_size
     window = t.set_schedule(optimizers, hp.num_iterations // 2, hp, machine)
-    marks: list[float] = []
+    communication = [0.0]
+    sum_gradients = t.sum_gradients
 
-    def marked(function, *args):
-        marks.append(time.perf_counter())
-        function(*args)
-        marks.append(time.perf_counter())
+    def timed(*args):
+        begin = time.perf_counter()
+        sum_gradients(*args)
+        communication[0] = time.perf_counter() - begin
 
-    for reducer in reducers.values():
-        reducer.finish = functools.partial(marked, reducer.finish)
-
-    found: dict[str, list[list[float]]] = {name: [] for name in reducers}
-    volume = {}
-    begin, round_number, going_on = time.perf_counter(), 0, torch.ones(())
-    while going_on:
-        for name, reducer in reducers.items():
-            for each in reducers.values():
-                each.last = False
-            marks.clear()
-            traffic.sent, traffic.calls, traffic.waited = 0.0, 0, 0.0
-            start = time.perf_counter()
-            t.training_step(
-                model,
-                optimizers,
-                [batch] * (hp.seqs_per_step // world_size),
-                window,
-                hp.seqs_per_step,
-                reducer,
-            )
-            end = time.perf_counter()
-            reducer.last = False
-            volume[name] = traffic.sent, traffic.calls
-            exposed = marks[1] - marks[0] + traffic.waited
-            split = (
-                torch.tensor(
-                    [end - start, marks[0] - start, exposed, end - marks[1] - traffic.waited]
-                )
-                * 1000
-            )
-            if world_size > 1:
-                dist.all_reduce(split)
-            if round_number > 1:  # the first ones only warm up
-                found[name].append((split / world_size).tolist())
-        round_number += 1
-        going_on.fill_(
-            round_number < 6 or round_number < 200 and time.perf_counter() - begin < seconds
-        )
-        if world_size > 1:
-            dist.broadcast(going_on, 0)
+    t.sum_gradients = timed
+    found = []
+    for _ in range(rounds + 2):  # the first two only warm up
+        begin = time.perf_counter()
+        t.training_step(model, optimizers, batches, window, hp.seqs_per_step, machine)
+        found.append((1000 * (time.perf_counter() - begin), 1000 * communication[0]))
     if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps([found, volume]))
+        Path(folder, "found.json").write_text(json.dumps(found[2:]))
     if world_size > 1:
         dist.destroy_process_group()
 
 
-def distributed(hp: t.Hyperparameters, vocab_size: int, seconds: float) -> None:
-    """The split of a step for 1, 2 and 4 processes and each choice, in milliseconds."""
+def distributed(hp: t.Hyperparameters, vocab_size: int, rounds: int = 20) -> None:
+    """A step of 1, 2 and 4 processes, and what of it the sums of the gradients take."""
     for world_size in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.start_processes(
                 steps_of_a_process,
-                (world_size, folder, hp, vocab_size, seconds),
+                (world_size, folder, hp, vocab_size, rounds),
                 nprocs=world_size,
                 start_method="fork",
             )
-            found, volume = json.loads(Path(folder, "found.json").read_text())
-        print(
-            f"\n{world_size} process{'es' * (world_size > 1)}, {hp.seqs_per_step // world_size} sequence(s) of {hp.train_seq_len} tokens each "
-            f"a step, model_dim {hp.model_dim}, {len(next(iter(found.values())))} steps by each choice, in turn"
-        )
-        print(
-            f"{'milliseconds: median (quartiles)':<46}{'step':>25}{'compute':>25}{'exposed communication':>25}{'optimizer':>25}"
-            f"{'sent, MB':>10}{'calls':>6}"
-        )
-        for name, runs in found.items():
-            cells = []
-            for values in zip(*runs, strict=True):
-                low, middle, high = statistics.quantiles(values, n=4)
-                cells.append(f"{middle:.0f} ({low:.0f} to {high:.0f})")
-            print(
-                f"{name:<46}{''.join(f'{cell:>25}' for cell in cells)}"
-                f"{volume[name][0] / 1e6:>10.2f}{volume[name][1]:>6}",
-                flush=True,
-            )
+            found = json.loads(Path(folder, "found.json").read_text())
+        step, communication = (Timing(list(runs)) for runs in zip(*found, strict=True))
+        print(f"{world_size} process(es), model_dim {hp.model_dim}, milliseconds")
+        print(f"    a step                        {step}")
+        print(f"    of it, the gradients' sums    {communication}", flush=True)
 
 
-def on_paper(
-    world_size: int = 8,
-    link: float = 450e9,
-    flops: float = 790e12,
-    memory: float = 3.35e12,
-    attention: float = 20e12,
-) -> None:
-    """The speedrun's step on 8 GPUs: what each choice sends, and the arithmetic that it can hide behind. 450 GB/s each way is
-    NVLink's rate on an H100 by its data sheet, 3.35 TB/s its memory's; 790 TFLOP/s are what its large bfloat16 matmuls reach;
-    20 TFLOP are a step's attention."""
-    hp, share = t.Hyperparameters(), (world_size - 1) / world_size
-    with torch.device("meta"):
-        model = t.GPT(
-            t.GPT2_VOCAB, hp.num_layers, hp.num_heads, hp.head_dim, hp.model_dim, hp.train_seq_len
-        )
-    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
-    muon = sum(p.nbytes for p in matrices)
-    adam = sum(p.nbytes for p in model.parameters()) - muon
-    shapes: dict[tuple, int] = {}
-    for p in matrices:
-        shapes[p.shape] = shapes.get(p.shape, 0) + 1
-    gathered = sum(
-        2 * math.ceil(count / world_size) * world_size * math.prod(shape)
-        for shape, count in shapes.items()
-    )  # bfloat16
-    multiplied = sum(p.numel() for p in matrices) + model.lm_head.weight.numel()
-    matmuls = 6 * multiplied * hp.train_seq_len * hp.seqs_per_step
-    micro_step = 1000 * (matmuls + attention) / hp.seqs_per_step / flops
-    print(
-        f"\nOn paper: the speedrun on {world_size} GPUs, {link / 1e9:.0f} GB/s each way. Gradients: {muon / 1e6:.0f} MB of Muon's matrices, "
-        f"{adam / 1e6:.0f} MB of Adam's; updates gathered: {gathered / 1e6:.0f} MB.\nArithmetic of a step: {matmuls / 1e12:.0f} TFLOP in "
-        f"matmuls and {attention / 1e12:.0f} in attention; a GPU's one micro-step takes {micro_step:.1f} ms at {flops / 1e12:.0f} TFLOP/s, "
-        f"{micro_step * 2 / 3:.1f} of them backward."
-    )
-    update = (
-        1000 * 7 * adam / memory
-    )  # reads the gradient, the weight and two moments, writes all but the gradient
-    rows = [
-        ("(a) all-reduce after the backward pass", 0, 2 * share * (muon + adam), update),
-        ("(b) all-reduce as ready", 2 * share * (muon + adam), 0, update),
-        ("(c) kept: Muon's to their owner, Adam replicated", share * (muon + 2 * adam), 0, update),
-        ("(d) as (c), Adam sharded", share * (muon + adam), share * adam, update / world_size),
-    ]
-    print(
-        f"{'':<50}{'in the backward pass':>22}{'after it':>20}{'of which Muon gathers':>24}{'Adam, memory-bound':>20}{'not hidden':>12}"
-    )
-    for name, during, after, adam_ms in rows:
-        after += share * gathered
-        cells = [
-            f"{sent / 1e6:.0f} MB, {1000 * sent / link:.2f} ms"
-            for sent in (during, after, share * gathered)
-        ]
-        print(
-            f"{name:<50}{cells[0]:>22}{cells[1]:>20}{cells[2]:>24}{f'{adam_ms:.2f} ms':>20}{f'{1000 * after / link + adam_ms:.2f} ms':>12}"
-        )
-    print(
-        "Muon's gathers travel while the next group is orthogonalised, and all but the last are hidden; the column counts them in full."
-    )
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
 
 
-def checkpoints(
-    machine: t.Machine, hp: t.Hyperparameters, vocab_size: int, seconds: float, steps: bool
-) -> None:
-    """What a checkpoint costs: the stall of the training, which is the copy to host memory, and then the writing, beside steps and
-    alone, against torch.save of the same tensors; all in turn. steps: whether this machine can take the model's steps at all."""
+def checkpoints(machine: t.Machine, hp: t.Hyperparameters, vocab_size: int, seconds: float) -> None:
+    """How long training stands still for a checkpoint, beside a plain torch.save of the same."""
     network = t.build_model(hp, vocab_size, machine)
     optimizers = t.build_optimizers(network, hp, machine)
-    reducer = t.GradientReducer(network, optimizers, machine)
-    model, window = (
-        t.compiled(network, hp, machine),
-        t.set_schedule(optimizers, hp.num_iterations // 2, hp, machine),
-    )
-    ids = torch.randint(vocab_size, (hp.train_seq_len,), device=machine.device)
-    batches = [(ids.int(), ids)] * hp.seqs_per_step
-
-    def step() -> None:
-        t.training_step(model, optimizers, batches, window, hp.seqs_per_step, reducer)
-        machine.synchronize()
-
-    def timed(function) -> float:
-        begin = time.perf_counter()
-        function()
-        return 1000 * (time.perf_counter() - begin)
-
-    if steps:
-        step(), step()
-    else:  # all that the optimizers remember after a step, by way of a step without a network
-        for p in network.parameters():
-            p.grad = torch.zeros_like(p)
-        for optimizer in optimizers:
-            optimizer.step()
-    print(
-        f"\n{sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters; milliseconds: median (fastest to slowest)"
-    )
-    found: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
-
+    for p in network.parameters():  # what the optimizers remember after a step
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    bench = Bench(machine, machine.dtype, seconds)
     with tempfile.TemporaryDirectory() as folder:
-        hp = replace(hp, log_dir=folder, run_id="bench")
-        beginning = t.load_checkpoint(hp, {})
-        tensors = np.zeros(32, dtype="<u2")
-        Path(folder, "shard.bin").write_bytes(
-            shard_header(len(tensors), vocab_size) + tensors.tobytes()
-        )
-        with contextlib.closing(
-            t.RunLog(hp, machine, {}, t.DistributedDataLoader(f"{folder}/shard.bin", 16), beginning)
-        ) as log:
-            begin, number = time.perf_counter(), 0
-            while number < 5 or number < 20 and time.perf_counter() - begin < seconds:
-                number += 1
-                modules = [
-                    network.state_dict(),
-                    optimizers[0].state_dict(),
-                    optimizers[1].whole_state_dict(),
-                ]
-                if steps:
-                    for _ in range(3):
-                        note("a step", timed(step))
-                machine.synchronize()
-                note("stall of a save", timed(lambda: log.save(number, dict(modules=modules))))
-                while steps and log.writing.is_alive():
-                    note("a step beside the writing", timed(step))
-                log.writing.join()
-                note("stall of a save", timed(lambda: log.save(number, dict(modules=modules))))
-                note("written alone, checksum and flush to disk included", timed(log.writing.join))
-                on_host = torch.load(log.saved, weights_only=True)["modules"]
-                note("torch.save", timed(lambda: torch.save(on_host, f"{folder}/plain.pt")))
-                note(
-                    "torch.save, and flush to disk",
-                    timed(lambda: save_and_flush(on_host, f"{folder}/flushed.pt")),
-                )
-            size = os.path.getsize(log.saved)
-    print(f"size: {size / 1e6:.2f} MB")
-    for name, runs in found.items():
-        middle = statistics.median(runs)
-        rate = (
-            f"   {size / 1e3 / middle:.0f} MB/s"
-            if "save" in name and "stall" not in name or "written" in name
-            else ""
-        )
-        share = (
-            f"   {middle / statistics.median(found['a step']):.2f} of a step"
-            if steps and name != "a step" and not rate
-            else ""
-        )
-        print(
-            f"{name:<52}{middle:9.2f} ({min(runs):.2f} to {max(runs):.2f}), {len(runs)} times{rate}{share}"
-        )
+        path = Path(folder, "step_00000001.pt")
+        state = t.snapshot(network, optimizers)
+        timings = {
+            "training stands still": bench.time(lambda: t.write_checkpoint(path, state, 2)),
+            "plain torch.save": bench.time(lambda: torch.save(state, Path(folder, "plain.pt"))),
+            "read, checksums compared": bench.time(lambda: read(path)),
+        }
+        size = path.stat().st_size
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    print(f"{millions:.2f}M parameters, a checkpoint of {size / 1e6:.1f} MB; milliseconds")
+    for name, timing in timings.items():
+        print(f"    {name:<28}{timing}   {size / 1e3 / timing.median:.0f} MB/s", flush=True)
 
 
-def save_and_flush(state, path: str) -> None:
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+def read(path: Path) -> dict:
+    """A checkpoint as the trainer reads it, but for the entries that only a run writes."""
+    with zipfile.ZipFile(path) as archive:
+        archive.testzip()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def other_figures(args, machine: t.Machine, hp: t.Hyperparameters) -> int:
+    """Those that say nothing about the parts of a step."""
+    print(f"{machine.name}, torch {torch.__version__}")
+    if args.data:
+        data(machine, args.seconds)
+    elif args.versus:
+        versus(args.versus, hp)
+    elif args.dist:
+        hp.seqs_per_step = t.next_multiple_of_n(hp.seqs_per_step, n=4)
+        for shape in ({}, dict(model_dim=256, num_heads=4, train_seq_len=256)):
+            distributed(replace(hp, dtype="float32", **shape), 257)
+    else:
+        checkpoints(machine, hp, 257, args.seconds)
+        checkpoints(machine, t.Hyperparameters(), t.GPT2_VOCAB, args.seconds)
+    return 0
 
 
 def main() -> int:
@@ -753,29 +565,24 @@ def main() -> int:
     )
     where.add_argument("--cpu", action="store_true", help="the tiny preset's shapes")
     where.add_argument("--data", action="store_true", help="the loader and data/local_text.py")
-    where.add_argument(
-        "--dist", action="store_true", help="1, 2 and 4 processes on the CPU, and 8 GPUs on paper"
-    )
+    where.add_argument("--versus", metavar="SCRIPT", help="a step of another version, in turn")
+    where.add_argument("--dist", action="store_true", help="1, 2 and 4 processes on the CPU")
     where.add_argument(
         "--checkpoint",
         action="store_true",
         help="checkpoints of the tiny preset, and of the speedrun's model",
     )
     parser.add_argument(
-        "--seconds",
-        type=float,
-        default=1.0,
-        help="of repetitions for each figure (default 1); with --dist for each number of processes",
+        "--seconds", type=float, default=1.0, help="of repetitions for each figure (default 1)"
     )
     parser.add_argument(
         "--shakespeare",
         default=str(ROOT.parent / "shared/data/shakespeare"),
-        help="folder of tiny Shakespeare's "
-        "shards, as bytes, for the time to nanoGPT's loss (with --cpu; skipped where there are none)",
+        help="folder of tiny Shakespeare's shards, as bytes, for the time to nanoGPT's loss (with "
+        "--cpu; skipped where there are none)",
     )
-    args, settings = (
-        parser.parse_known_args()
-    )  # the rest are train_gpt.py's flags, to change the shapes
+    # The rest are train_gpt.py's flags, to change the shapes.
+    args, settings = parser.parse_known_args()
     try:
         if not args.gpu and not args.checkpoint:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -789,25 +596,9 @@ def main() -> int:
     except t.UserError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
-    if args.data:
-        data(machine, args.seconds)
-        return 0
     vocab_size = t.GPT2_VOCAB if args.gpu else 257
-    if args.checkpoint:
-        print(f"{machine.name}, torch {torch.__version__}")
-        checkpoints(machine, hp, 257, 10 * args.seconds, steps=True)
-        checkpoints(
-            machine, t.Hyperparameters(), t.GPT2_VOCAB, 10 * args.seconds, steps=machine.is_gpu
-        )
-        return 0
-    if args.dist:
-        print(f"{machine.name}, torch {torch.__version__}")
-        on_paper()
-        hp.seqs_per_step = t.next_multiple_of_n(hp.seqs_per_step, n=4)
-        # The second has matrices that travel alone, and less to hide them behind.
-        for shape in ({}, dict(model_dim=256, num_heads=4, train_seq_len=256)):
-            distributed(replace(hp, dtype="float32", **shape), vocab_size, args.seconds)
-        return 0
+    if args.data or args.versus or args.dist or args.checkpoint:
+        return other_figures(args, machine, hp)
     bench = Bench(
         machine, machine.dtype if hp.dtype == "auto" else getattr(torch, hp.dtype), args.seconds
     )
@@ -817,9 +608,8 @@ def main() -> int:
         for dtype, flops in bench.flops.items()
     )
     print(f"measured: {rates}; copies at {bench.bandwidth / 1e9:.0f} GB/s, read and written\n")
-    print(
-        f"{'milliseconds':<44}{'median':>9}  {'fastest to slowest':>22}  {'floor':>9}  {'x floor':>7}"
-    )
+    columns = f"{'median':>9}  {'fastest to slowest':>22}  {'floor':>9}  {'x floor':>7}"
+    print(f"{'milliseconds':<44}{columns}")
     summary = whole_step(bench, hp, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         parts(bench, hp, vocab_size, folder)
