@@ -292,10 +292,6 @@ mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
 # "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
 
 
-# torch 2.13 renamed all_gather_into_tensor to all_gather_single.
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
 def zeropower_via_newtonschulz5(
     G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
@@ -401,7 +397,9 @@ class Muon(torch.optim.Optimizer):
         if self.world_size == 1:
             return updates, None
         gathered = updates.new_empty(self.world_size * len(updates), *updates.shape[1:])
-        return gathered, all_gather(gathered, updates, async_op=True)
+        # torch 2.13 renamed all_gather_into_tensor to all_gather_single.
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return gathered, gather(gathered, updates, async_op=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1367,13 +1365,16 @@ def call_the_roll(store, machine: Machine, error: RuntimeError):
         store.set(f"present {machine.rank}", "")
         time.sleep(4)
         ranks = range(machine.world_size)
-        present = [rank for rank in ranks if store.check([f"present {rank}"])]
+        missing = [str(rank) for rank in ranks if not store.check([f"present {rank}"])]
+        told = store.add("told", 1) > 1
     except RuntimeError:
         end_unanswered()
-    missing = ", ".join(str(rank) for rank in ranks if rank not in present)
-    if machine.rank == present[0] and missing:
-        say(f"process {missing} gave no answer: killed, stopped or cut off; the run has ended.")
-    elif not missing:
+    if told:
+        return
+    if missing:
+        names = ", ".join(missing)
+        say(f"process {names} gave no answer: killed, stopped or cut off; the run has ended.")
+    else:
         say(f"all processes are there, but their communication failed: {error}")
 
 

@@ -103,10 +103,8 @@ class Bench:
         return 1000 * max(flops / self.flops[dtype or self.dtype], moved / self.bandwidth)
 
     def row(self, name: str, timing: Timing, floor: float) -> None:
-        print(
-            f"{name:<44}{timing}  {floor:9.3f}  {timing.median / floor if floor else math.nan:7.1f}",
-            flush=True,
-        )
+        times = timing.median / floor if floor else math.nan
+        print(f"{name:<44}{timing}  {floor:9.3f}  {times:7.1f}", flush=True)
 
 
 def draw_batch(

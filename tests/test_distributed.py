@@ -556,7 +556,7 @@ def test_bad_input_that_all_processes_meet_is_said_once(start, shards, tmp_path)
 
 
 def test_a_machine_without_shards_by_torchrun(start, shards, tmp_path):
-    """It says what it lacks; the other says that it does not come, unless torchrun ends it first."""
+    """It says what it lacks; the other, that it does not come, unless torchrun ends it first."""
     none = shards | dict(train_files=tmp_path / "nothing_*.bin")
     options = two_machines()
     commands = [
