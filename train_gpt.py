@@ -1358,11 +1358,12 @@ def call_the_roll(store, machine: Machine, error: RuntimeError):
     """
     # On a host that is cut off, the store would keep its clients waiting for many minutes.
     threading.Timer(20, end_unanswered).start()
-    if dist.is_initialized():
-        dist.destroy_process_group()
     try:
         store.set_timeout(datetime.timedelta(seconds=5))
         store.set(f"present {machine.rank}", "")
+        if dist.is_initialized():
+            # Not waited for, since it waits for all communication that is under way.
+            threading.Thread(target=dist.destroy_process_group, daemon=True).start()
         time.sleep(4)
         ranks = range(machine.world_size)
         missing = [str(rank) for rank in ranks if not store.check([f"present {rank}"])]
