@@ -86,10 +86,10 @@ def saved_steps(folder):
     """The steps that are saved, each wholly; there is nothing else in the run's folder."""
     steps = []
     for path in sorted((folder / "run").iterdir()):
-        steps.append(int(re.fullmatch(r"step_(\d{8})\.pt", path.name)[1]))
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
-        assert torch.load(path, weights_only=True)["step"] == steps[-1]
+        steps.append(torch.load(path, weights_only=True)["step"])
+        assert path == checkpoint(folder, steps[-1])
     return steps
 
 
@@ -132,17 +132,13 @@ def steps(folder, after=-1, until=math.inf, name="run"):
     return [line for line in lines if after < int(line[5:].split("/")[0]) <= until]
 
 
-def closing(folder):
-    """What the last lines of a log say of the whole run, times and memory aside, and its sample."""
-    log = (folder / "run.txt").read_text()
-    pattern = r"passes over the training tokens: [\d.]+, lowest validation loss [\d.]+"
-    return re.findall(pattern, log)[-1:]
-
-
 def assert_same_run(folder, other):
-    """To its end: the log, and the last checkpoint."""
+    """To its end: the log, what its last lines say of the whole run, and the last checkpoint."""
     assert steps(folder) == steps(other)
-    assert closing(folder) == closing(other) != []
+    pattern = r"passes over the training tokens: [\d.]+, lowest validation loss [\d.]+"
+    logs = [(place / "run.txt").read_text() for place in (folder, other)]
+    ours, theirs = (re.findall(pattern, log)[-1:] for log in logs)
+    assert ours == theirs != []
     times = [int(TIMES.search(line)[1]) for line in timed_steps(folder)]
     assert times == sorted(times)
     last = max((other / "run").glob("*.pt"))
@@ -176,17 +172,6 @@ def copied(whole, tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Written, and resumed: the same run
-
-
-@pytest.mark.parametrize("every, keep, expected", [(0, 2, []), (5, 2, [10, 12]), (1, 1, [12])])
-def test_checkpoints_of_multiples_and_the_last_step(every, keep, expected, train, whole, tmp_path):
-    """The newest stay, and whatever is saved, the curve is the same."""
-    train(tmp_path, save_every=every, keep=keep)
-    assert steps(tmp_path) == steps(whole)
-    assert (tmp_path / "run").exists() == bool(expected)
-    assert not expected or saved_steps(tmp_path) == expected
-    for step in expected:
-        assert_same_checkpoint(checkpoint(tmp_path, step), checkpoint(whole, step))
 
 
 def test_clock_stands_still_while_saving(train, tmp_path, monkeypatch):
@@ -234,16 +219,6 @@ def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, cop
     assert added.split("\nsample: ")[2] == before.split("\nsample: ")[2]
 
 
-@pytest.mark.parametrize("settings", [dict(dtype="bfloat16"), dict(seqs_per_step=8, repeat=False)])
-def test_resumed_run_of_other_settings(settings, train, tmp_path):
-    """Other activations, more micro-steps without a second pass over the tokens."""
-    train(tmp_path / "whole", **settings, save_every=5)
-    path = checkpoint(tmp_path / "whole", 10)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    train(tmp_path / "resumed", **settings, save_every=5, resume=path)
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
-
-
 def test_settings_that_do_not_shape_the_curve_may_differ(train, whole, copied, tmp_path):
     """All of them at once, and shards that lie elsewhere."""
     new = tmp_path / "new"
@@ -273,17 +248,6 @@ def test_another_run_id_leaves_the_first_run_alone(train, whole, copied):
     assert content(folder) == after
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_auto_begins_where_there_is_nothing(cut, train, whole, tmp_path):
-    """Also below the log of a run that was cut before its first checkpoint."""
-    if cut:
-        (tmp_path / "run.txt").write_text("cut\n")
-    train(tmp_path, resume="auto", save_every=1)
-    assert_same_run(tmp_path, whole)
-    assert (tmp_path / "run.txt").read_text().startswith("cut\n" * cut + SCRIPT.read_text())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.txt"]
-
-
 @pytest.mark.parametrize("run_id, other", [("run", 2 * 10**9), ("", 10**8)])
 def test_auto_takes_what_was_written_last(run_id, other, train, whole, copied):
     """Of a run, or of all under the folder of the logs, whose log then goes on."""
@@ -299,7 +263,7 @@ def test_auto_takes_what_was_written_last(run_id, other, train, whole, copied):
 def test_auto_passes_over_what_is_not_whole(train, whole, copied):
     """As a run or a disk leaves it that dies; but it never begins again over such files."""
     folder = copied(5, 7, 9, 10, 11, 12)
-    for step, spoil in zip((12, 11, 10, 9), list(SPOILED.values())[:4], strict=True):
+    for step, spoil in zip((12, 11, 10, 9), SPOILED.values(), strict=False):
         path = checkpoint(folder, step)
         path.write_bytes(spoil(torch.load(path, weights_only=True)))
     (folder / "run" / "unfinished").write_bytes(bytes(999))
@@ -325,26 +289,6 @@ def test_auto_after_a_step_back(train, whole, copied, monkeypatch):
     assert_same_run(folder, whole)
 
 
-REFUSED = {
-    "--eval_only true": "--resume",
-    "--eval_only true --resume auto --run_id other": "no checkpoint",
-    "--resume auto --muon_lr 0.04": "--muon_lr",
-    "--resume missing": "missing",
-    "--resume .": ".",
-    "--keep 0": "--keep",
-    "--save_every -1": "--save_every",
-}
-
-
-@pytest.mark.parametrize("flags", REFUSED)
-def test_resuming_that_cannot_be_meant_is_refused(flags, train, copied):
-    folder = copied(5)
-    before = content(folder)
-    words = flags.replace("--", "").split()
-    assert REFUSED[flags] in train(folder, 2, **dict(zip(words[::2], words[1::2], strict=True)))
-    assert content(folder) == before
-
-
 @pytest.mark.parametrize("step", [4, 8, 12])
 @pytest.mark.parametrize("flags", [dict(run_id=""), dict(log_dir="new"), dict(resume="auto")])
 def test_eval_only_validates_a_checkpoint(step, flags, train, whole, copied, monkeypatch):
@@ -363,50 +307,56 @@ def test_eval_only_validates_a_checkpoint(step, flags, train, whole, copied, mon
 
 
 # --------------------------------------------------------------------------------------------------
-# What is damaged, or of another run
+# What is damaged, or of another run; and ends before the last step
 
 # Another value of each setting that shapes the curve.
 SHAPING = """train_seq_len 256, seqs_per_step 4, repeat False, num_layers 8, num_heads 2, seed 1,
 head_dim 32, model_dim 32, attention_free_layers 1, num_iterations 13, cooldown_frac 0.5,
 max_window 128, embed_lr 0.16, head_lr 0.005, scalar_lr 0.03, muon_lr 0.04, fp8 none"""
 SHAPING = dict(pair.split() for pair in SHAPING.split(","))
-FIELDS = train_gpt.Hyperparameters.__dataclass_fields__.values()
+REFUSED = {
+    "--eval_only true": ["--resume"],
+    "--eval_only true --resume auto --run_id other": ["no checkpoint"],
+    "--resume missing": ["missing is not"],
+    "--resume .": [". is not"],
+    "--resume auto --dtype bfloat16": ["activations torch.bfloat16", "torch.float32"],
+}
+for field in train_gpt.Hyperparameters.__dataclass_fields__.values():
+    if field.metadata["group"] in ("network", "training"):
+        name, value = f"--{field.name}", SHAPING[field.name]
+        ours = getattr(train_gpt.parse_arguments(as_flags(**SMALL))[0], field.name)
+        REFUSED[f"--resume auto {name} {value}"] = [f"{name} ", value, str(ours)]
 
 
-@pytest.mark.parametrize(
-    "name", [field.name for field in FIELDS if field.metadata["group"] in ("network", "training")]
-)
-def test_another_curve_is_refused(name, train, copied):
-    """The setting is named, with both values; and nothing has been written."""
+@pytest.mark.parametrize("flags", REFUSED)
+def test_resuming_that_cannot_be_meant_is_refused(flags, train, copied):
+    """Of a setting that differs both values are named; and nothing has been written."""
     folder = copied(5)
     before = content(folder)
-    said = train(folder, 2, resume=checkpoint(folder, 5), **{name: SHAPING[name]})
-    theirs = getattr(train_gpt.parse_arguments(as_flags(**SMALL))[0], name)
-    for word in (f"--{name} ", str(theirs), SHAPING[name]):
-        assert word in said
+    words = flags.replace("--", "").split()
+    said = train(folder, 2, **dict(zip(words[::2], words[1::2], strict=True)))
+    assert all(word in said for word in REFUSED[flags]), said
     assert content(folder) == before
 
 
 @pytest.mark.parametrize(
-    "lengths, settings, words",
+    "lengths, words",
     [
-        ((9000, 7001), dict(dtype="bfloat16"), ["activations", "float32", "bfloat16"]),
-        ((9000, 7002), dict(), ["train_1.bin", "7001", "7002"]),
-        ((9000, 7001, 500), dict(), ["train_2.bin", "500"]),
-        ((9000, 7001, -258), dict(), ["vocabulary", "257", "258"]),
+        ((9000, 7002), ["train_1.bin", "7001", "7002"]),
+        ((9000, 7001, 500), ["train_2.bin", "500"]),
+        ((9000, 7001), ["vocabulary", "257", "258"]),
     ],
 )
-def test_other_data_are_refused(lengths, settings, words, train, copied, tmp_path):
+def test_other_data_are_refused(lengths, words, train, copied, tmp_path):
     folder = copied(5)
-    files = machine_with_shards(tmp_path / "other", [n for n in lengths if n > 0])
+    files = machine_with_shards(tmp_path / "other", lengths)
     for path in (tmp_path / "other").iterdir():
-        if lengths[-1] < 0:  # another vocabulary
-            shard = bytearray(path.read_bytes())
-            shard[12:16] = (-lengths[-1]).to_bytes(4, "little")
-            path.write_bytes(shard)
-    train(tmp_path / "fresh", **files, **settings, num_iterations=1)  # nothing is wrong with them
+        shard = path.read_bytes()
+        if "vocabulary" in words:
+            path.write_bytes(shard[:12] + (258).to_bytes(4, "little") + shard[16:])
+    train(tmp_path / "fresh", **files, num_iterations=1)  # nothing is wrong with them
     for mode in (dict(), dict(eval_only=True)):
-        said = train(folder, 2, resume=checkpoint(folder, 5), **files, **settings, **mode)
+        said = train(folder, 2, resume=checkpoint(folder, 5), **files, **mode)
         assert all(word in said for word in words)
 
 
@@ -414,16 +364,6 @@ def written(state, **how):
     file = io.BytesIO()
     torch.save(state, file, **how)
     return file.getvalue()
-
-
-def altered(content):
-    """A byte of a weight, which torch.load reads without a word."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        largest = max(archive.infolist(), key=lambda member: member.file_size)
-    at = largest.header_offset + 200 + largest.file_size // 2
-    content = content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
-    torch.load(io.BytesIO(content), weights_only=True)
-    return content
 
 
 def first_rows(leaf):
@@ -438,7 +378,6 @@ class Runs:
 SPOILED = dict(
     empty=lambda state: b"",
     truncated=lambda state: written(state)[:-1],
-    altered=lambda state: altered(written(state)),
     newer_format=lambda state: written(state | dict(format=3)),
     list=lambda state: written([1, 2, 3]),
     tensor=lambda state: written(torch.zeros(3)),
@@ -450,8 +389,6 @@ SPOILED = dict(
     code_legacy=lambda state: written(Runs(), _use_new_zipfile_serialization=False),
     code_pickle=lambda state: pickle.dumps(Runs()),
 )
-
-
 ENTRIES = "format step run_id ms best position curve network adam muon random"
 
 
@@ -475,20 +412,16 @@ def test_no_whole_checkpoint(what, train, copied, tmp_path, monkeypatch, recwarn
     assert mark.exists()  # as it would have been
 
 
-def change(draw, content, other):
-    """A byte altered, the end cut off, or a part replaced by one of the other, or moved."""
-    kind = draw.choice(["flip"] * 4 + ["cut", "move", "other", "other"])
-    at = draw.randrange(len(content))
-    size = draw.randint(1, len(content) // 3)
-    if kind == "flip":
-        return content[:at] + bytes([content[at] ^ draw.randrange(1, 256)]) + content[at + 1 :]
+def change(draw, good, other):
+    """A byte altered, the end cut off, or a part replaced by that of another file."""
+    at = draw.randrange(len(good))
+    kind = draw.choice(["altered", "altered", "cut", "replaced"])
     if kind == "cut":
-        return content[:at]
-    if kind == "other":
-        return content[:at] + other[at : at + size] + content[at + size :]
-    rest = content[:at] + content[at + size :]
-    there = draw.randrange(len(rest))
-    return rest[:there] + content[at : at + size] + rest[there:]
+        return good[:at]
+    part = bytes([good[at] ^ draw.randrange(1, 256)])
+    if kind == "replaced":
+        part = other[at : at + draw.randint(1, len(good) // 3)]
+    return good[:at] + part + good[at + len(part) :]
 
 
 def test_no_change_of_a_checkpoint_is_read_wrongly(train, copied):
@@ -499,10 +432,7 @@ def test_no_change_of_a_checkpoint_is_read_wrongly(train, copied):
     expected = tree_map(bits, torch.load(path, weights_only=True))
     refused = 0
     for number in range(200):
-        changed = good
-        while changed == good:  # parts can be equal
-            changed = change(draw, good, other)
-        path.write_bytes(changed)
+        path.write_bytes(change(draw, good, other))
         try:
             found = tree_map(bits, train_gpt.read_checkpoint(path))
         except train_gpt.UserError:
@@ -517,21 +447,7 @@ def test_no_change_of_a_checkpoint_is_read_wrongly(train, copied):
     assert f"of {path}\n" in train(folder, resume="auto", eval_only=True)
 
 
-def changed_shard(draw, kind, good):
-    """A byte altered that says something, or a zero; a number replaced; cut off, or longer."""
-    header = np.frombuffer(good[:1024], dtype="<i4").copy()
-    at = draw.randrange(16) if kind == 0 else draw.randrange(16, 1024)
-    if kind < 2:
-        return good[:at] + bytes([good[at] ^ draw.randrange(1, 256)]) + good[at + 1 :]
-    if kind == 2:
-        field = draw.randrange(4)
-        numbers = {-1, 0, 1, 2, 256, 258, 7000, 9001, 50257, 65536, 20240520} - {int(header[field])}
-        header[field] = draw.choice(sorted(numbers))
-        return header.tobytes() + good[1024:]
-    return good[: draw.randrange(len(good))] if kind == 3 else good + draw.randbytes(300)
-
-
-def test_no_change_of_a_shards_header_or_length_is_trained_on(train, shards, copied, tmp_path):
+def test_no_change_of_a_shards_header_or_length_is_trained_on(train, copied, tmp_path):
     """None of 200 changes can give another good shard, since all of the header is checked."""
     folder, draw = copied(5), random.Random(2)
     files = machine_with_shards(tmp_path / "other")
@@ -540,7 +456,12 @@ def test_no_change_of_a_shards_header_or_length_is_trained_on(train, shards, cop
     for number in range(200):
         path = draw.choice(paths)
         good = path.read_bytes()
-        path.write_bytes(changed_shard(draw, number % 5, good))
+        header = np.frombuffer(good[:1024], dtype="<i4").copy()
+        # The fourth number is the vocabulary of 257; zero stands for that of GPT-2.
+        place = draw.choice([0, 1, 2, 3, draw.randrange(4, 256)])
+        header[place] += draw.choice([-257, -1, 1, 256, 1 << 24])
+        shorter, longer = good[: draw.randrange(len(good))], good + draw.randbytes(300)
+        path.write_bytes(draw.choice([header.tobytes() + good[1024:], shorter, longer]))
         for mode in (resumed, dict(num_iterations=1, run_id=f"fresh{number}")):
             said = train(folder, 2, **files, **mode)
             assert path.name in said or "vocabular" in said
@@ -575,27 +496,20 @@ def test_signal_without_save_every_saves_nothing_and_says_so(train, tmp_path, mo
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss_that_is_not_finite_ends_the_run(value, train, whole, tmp_path, monkeypatch):
-    """With the step, its tokens, their file, and the checkpoint to go back to."""
+    """In training, and in a validation before its checkpoint is written. The last one is named."""
     in_step(monkeypatch, 6, factor=value)
     said = train(tmp_path, 2, save_every=3)
-    assert str(checkpoint(tmp_path, 3)) in said and "train_1.bin" not in said
-    for word in (f"step 6 is {value}", "sequences 10 to 11", "tokens 1280 to 1535", "train_0.bin"):
-        assert word in said
+    assert f"step 6 is {value}" in said and str(checkpoint(tmp_path, 3)) in said
     assert saved_steps(tmp_path) == [3]
     assert steps(tmp_path)[:-1] == steps(whole, until=5)
     assert steps(tmp_path)[-1] == f"step:6/12 train_loss:{value}"
     monkeypatch.undo()
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr(train_gpt, "validate", lambda *_: value)
+        assert f"step 4 is {value}" in train(tmp_path, 2, resume="auto", save_every=1)
+    assert saved_steps(tmp_path) == [3]
     train(tmp_path, resume="auto", save_every=3)
     assert_same_run(tmp_path, whole)
-
-
-def test_validation_that_is_not_finite_ends_the_run(train, tmp_path, monkeypatch):
-    """Before its checkpoint is written."""
-    values = iter([5.0, math.nan])
-    monkeypatch.setattr(train_gpt, "validate", lambda *_: next(values))
-    said = train(tmp_path, 2, save_every=2)
-    assert "step 4 is nan" in said and str(checkpoint(tmp_path, 2)) in said
-    assert saved_steps(tmp_path) == [2]
 
 
 @pytest.mark.parametrize("step, found", [(2, "0"), (3, "012"), (4, "2"), (5, "20")])
@@ -604,8 +518,10 @@ def test_tokens_across_shards_are_in_all_of_these(step, found, train, tmp_path, 
     files = machine_with_shards(tmp_path / "short", (700, 50, 500))
     in_step(monkeypatch, step, factor=math.nan)
     said = train(tmp_path, 2, **files, val_loss_every=0)
+    sequences = f"sequences {2 * step - 2} to {2 * step - 1}"
     tokens = f"tokens {(step - 1) * 256} to {step * 256 - 1}"
-    assert f"step {step} " in said and tokens in said and "the last checkpoint: none" in said
+    for words in (f"step {step} ", sequences, tokens, "the last checkpoint: none"):
+        assert words in said
     assert re.findall(r"train_(\d).bin", said) == list(found)
 
 
@@ -644,14 +560,6 @@ def newest(folder):
     return max((int(path.stem[5:]) for path in paths), default=0)
 
 
-def unfinished(folder):
-    """What there is of a checkpoint that is being written, or that a run was killed over."""
-    with contextlib.suppress(FileNotFoundError):
-        found = (folder / "logs" / "run" / "unfinished").stat()
-        return {(found.st_ino, found.st_mtime_ns)}
-    return set()
-
-
 def run_to_the_end(forks, folder, **settings):
     run = forks(folder, **settings)
     assert set(run.end()) == {0} and not run.errors, run.errors
@@ -662,25 +570,19 @@ def run_to_the_end(forks, folder, **settings):
     "kills, processes, threads, length", [(20, 1, 1, 80), (3, 1, 2, 30), (5, 2, 1, 36)]
 )
 def test_run_that_is_killed_often(kills, processes, threads, length, forks, tmp_path):
-    """Bit for bit. It is killed some time after its start, some steps further on, or in a save."""
+    """Bit for bit. It is killed some time after its start, or some steps further on."""
     settings = dict(num_iterations=length, save_every=2, processes=processes, timeout=30)
     settings |= dict(environment=dict(OMP_NUM_THREADS=threads))
     reference = run_to_the_end(forks, tmp_path / "reference", **settings)
     draw = random.Random(kills)
-    in_a_save = 0
     for number in range(kills):
-        before = unfinished(tmp_path)
         run = forks(tmp_path, resume="auto", **settings)
         if number % 4:
             step = newest(tmp_path) + draw.randint(1, 3)
             run.until(lambda run=run, step=step: f"\nstep:{step}/" in run.printed)
-        if number % 4 > 1:
-            run.until(lambda before=before: unfinished(tmp_path) - before)
-        else:
-            time.sleep(draw.uniform(0, 0.02 if number % 4 else 0.4))
+        time.sleep(draw.uniform(0, 0.02 if number % 4 else 0.4))
         assert set(run.send(signal.SIGKILL).end()) == {-signal.SIGKILL} and not run.errors
-        in_a_save += bool(unfinished(tmp_path) - before)
-    assert 0 < newest(tmp_path) < length - 2 and (kills < 20 or in_a_save > 2)
+    assert 0 < newest(tmp_path) < length - 2
     assert_same_run(run_to_the_end(forks, tmp_path, resume="auto", **settings), reference)
     assert saved_steps(tmp_path / "logs") == [length - 2, length]
 
@@ -689,25 +591,34 @@ def losses(lines):
     return [float(line.rsplit(":", 1)[1]) for line in lines]
 
 
-def test_run_that_goes_on_with_another_number_of_processes(forks, tmp_path):
-    """From two to one, and from one to two: the curve of one, within rounding."""
-    settings = dict(num_iterations=40, save_every=10, keep=9, timeout=30)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_run_that_goes_on_with_another_number_of_processes(processes, forks, tmp_path):
+    """From one to several, which are killed, and to one again: the curve of one, within rounding.
+
+    None hangs where process 0 collects the momentum of all for a checkpoint. Where several only
+    validate one, they write no file, and print its loss once.
+    """
+    settings = dict(num_iterations=40, seqs_per_step=4, save_every=5, keep=9, timeout=30)
     alone = run_to_the_end(forks, tmp_path / "alone", **settings)
-    killed = forks(tmp_path / "two", processes=2, **settings)
-    killed.until(lambda: newest(killed.folder) >= 10).send(signal.SIGKILL).end()
-    first = newest(killed.folder)
-    assert losses(steps(alone))[-1] < losses(steps(alone))[0] - 0.5
-    for processes, begin, source in ((1, first, killed.folder / "logs"), (2, 20, alone)):
-        resumed = dict(resume=checkpoint(source, begin), processes=processes)
-        folder = run_to_the_end(forks, tmp_path / f"to{processes}", **settings, **resumed)
-        expected = losses(steps(alone, after=begin))
-        assert losses(steps(folder)) == pytest.approx(expected, abs=1.5e-4, rel=0)
-        assert len(expected) >= 40 - begin > 0
+    folder, resume = tmp_path / "several", checkpoint(alone, 5)
+    several = forks(folder, processes=processes, resume=resume, **settings)
+    several.until(lambda: newest(folder) >= 20).send(signal.SIGKILL).end()
+    resume = checkpoint(folder / "logs", newest(folder))
+    again = run_to_the_end(forks, tmp_path / "again", resume=resume, **settings)
+    found = losses(steps(folder / "logs", until=newest(folder)) + steps(again))
+    expected = losses(steps(alone, after=5))
+    assert found == pytest.approx(expected, abs=1.5e-4, rel=0)
+    assert len(expected) == 35 + 9 and expected[-1] < expected[0] - 0.5
+    resume = checkpoint(alone, 20)
+    run = forks(tmp_path, processes=processes, resume=resume, eval_only=True, **settings)
+    assert set(run.end()) == {0} and not run.errors and not run.log
+    printed = "".join(out.read_text() for out in run.outs)
+    (found,) = losses(without_times(printed.splitlines()))
+    assert found == pytest.approx(losses(steps(alone, 19, 20))[1], abs=1.5e-4, rel=0)
 
 
 DIES = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import train_gpt
 changes = 0
 def die(event, arguments):
@@ -715,9 +626,11 @@ def die(event, arguments):
     global changes
     writes = event in ("os.rename", "os.remove", "os.mkdir")
     writes |= event == "open" and bool(set("wxa+") & set(arguments[1] or ""))
-    if writes and (str(arguments[0]) + "/").startswith({folder!r}):
+    if writes and "/logs/run/" in f"{arguments[0]}/":
         changes += 1
         if changes == int(os.environ.get("AT", 0)):
+            if event == "os.rename":  # as if it died while it writes
+                os.truncate(arguments[0], 1000)
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(die)
 sys.exit(train_gpt.main())
@@ -725,10 +638,12 @@ sys.exit(train_gpt.main())
 
 
 def test_run_that_dies_before_each_change_of_its_folder(forks, tmp_path):
-    """The next start finds a whole checkpoint, and never an older one than there was."""
+    """The next start finds a whole checkpoint, never an older one than there was, or begins again
+    below the log of a run that had none. In bfloat16, with one pass over the tokens at most."""
     script = tmp_path / "dies.py"
-    script.write_text(DIES.format(root=str(ROOT), folder=f"{tmp_path}/logs/run/"))
+    script.write_text(DIES)
     settings = dict(script=script, resume="auto", save_every=1, num_iterations=40)
+    settings |= dict(dtype="bfloat16", seqs_per_step=3, repeat=False)
     reference = run_to_the_end(forks, tmp_path / "reference", **settings)
     before, left = 0, set()
     for at in range(1, 14):
@@ -738,32 +653,27 @@ def test_run_that_dies_before_each_change_of_its_folder(forks, tmp_path):
         before = newest(tmp_path)
         if before:
             train_gpt.read_checkpoint(checkpoint(tmp_path / "logs", before))
-        left.add(bool(unfinished(tmp_path)))
+        left.add((tmp_path / "logs" / "run" / "unfinished").exists())
     assert left == {True, False} and 6 < before < 36  # several saves, and later ones that delete
     assert_same_run(run_to_the_end(forks, tmp_path, **settings), reference)
     assert saved_steps(tmp_path / "logs") == [39, 40]
+    starts = run.log.split(SCRIPT.read_text())
+    assert starts[0] == "" and len(starts) == 1 + 14
 
 
 SIGNALLED = """
-import os, signal, sys, time
-sys.path.insert(0, {root!r})
+import os, sys, time
 import train_gpt
-now, looks = 0.0, 0
-def monotonic():
-    global looks
-    looks += 1
-    return now
+now = 0.0
 def hang(*_, **__):
-    "Send SIGNAL to oneself at each of these seconds, and wait for the end."
+    "Send SIGNAL to oneself at each of these seconds of a clock, and wait for the end."
     global now
-    time.monotonic = monotonic
+    time.monotonic = lambda: now
     for second in os.environ["SECONDS"].split():
-        before, now = looks, float(second)
+        now = float(second)
         print("sent at", second, flush=True)
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-        while looks == before:
-            time.sleep(0.01)
-        time.sleep(0.1)
+        time.sleep(0.3)
     time.sleep(3600)
 setattr(train_gpt, os.environ["WHERE"], hang)
 sys.exit(train_gpt.main())
@@ -784,7 +694,7 @@ sys.exit(train_gpt.main())
 def test_process_that_ends_at_once(where, number, seconds, settings, forks, whole, tmp_path):
     """Where there is no step to finish, or by a signal a second later. torchrun's are silent."""
     script = tmp_path / "signalled.py"
-    script.write_text(SIGNALLED.format(root=str(ROOT)))
+    script.write_text(SIGNALLED)
     environment = dict(WHERE=where, SIGNAL=int(number), SECONDS=seconds)
     if "eval_only" in settings:
         settings = settings | dict(resume=checkpoint(whole, 8))
@@ -792,8 +702,7 @@ def test_process_that_ends_at_once(where, number, seconds, settings, forks, whol
     assert set(run.end()) == {128 + number}
     silent = "processes" in settings
     assert run.errors == ("" if silent else f"train_gpt.py: stopped by {number.name}.\n")
-    sent = [line.split()[-1] for line in run.printed.splitlines() if line.startswith("sent")]
-    assert sent == seconds.split()
+    assert re.findall("sent at (.*)", run.printed) == seconds.split()
     assert not list(tmp_path.rglob("step_*.pt"))
 
 
@@ -833,25 +742,11 @@ def test_torchrun_that_is_asked_to_end(stop, number, shards, train, tmp_path):
     assert run.errors[0].count("train_gpt.py: ") == 1
 
 
-@pytest.mark.parametrize("rate, word", [("embed_lr", "the loss of step"), ("muon_lr", "--muon_lr")])
-def test_two_processes_that_cannot_go_on_say_so_once(rate, word, forks, whole, tmp_path):
-    """Where a loss is not finite, and where they would go on from a checkpoint of another curve."""
-    settings = dict(save_every=1) if rate == "embed_lr" else dict(resume=checkpoint(whole, 8))
-    run = forks(tmp_path, processes=2, **settings, **{rate: 1e38}, timeout=30)
+def test_two_processes_whose_loss_is_not_finite_say_so_once(forks, tmp_path):
+    run = forks(tmp_path, processes=2, save_every=1, embed_lr=1e38, timeout=30)
     assert run.end()[0] == 2 and all(run.codes)
     complaints_before_the_end(run.errors)
-    assert run.errors.count(word) == 1 and bool(run.log) == (rate == "embed_lr")
-
-
-def test_two_processes_that_validate_a_checkpoint(forks, whole, tmp_path):
-    """Of one process: the same loss, once."""
-    before = content(whole)
-    run = forks(tmp_path, processes=2, resume=checkpoint(whole, 8), eval_only=True)
-    assert run.end() == [0, 0] and not run.errors
-    found = without_times(run.printed.splitlines())
-    expected = [line for line in steps(whole, 7, 8) if "val_loss" in line]
-    assert len(found) == 1 and losses(found) == pytest.approx(losses(expected), abs=1.5e-4)
-    assert not run.outs[1].read_text() and not run.log and content(whole) == before
+    assert run.errors.count("the loss of step") == 1 and run.log
 
 
 def test_disk_that_is_full_for_a_while(forks, train, tmp_path):

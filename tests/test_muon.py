@@ -1,6 +1,8 @@
 """Newton-Schulz against one matrix at a time in float64, and Muon against a plain loop, in one
 process and in several."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import twins
@@ -49,22 +51,6 @@ def test_singular_values_end_near_one_and_the_factors_stay(shape, scale):
     torch.testing.assert_close(product, product.T, rtol=0, atol=1e-4)
     eigenvalues = torch.linalg.eigvalsh(product)
     torch.testing.assert_close(eigenvalues, singular.sort().values, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("batch", [(1,), (5,), (2, 3)])
-@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
-def test_leading_dimensions_are_a_batch_of_independent_matrices(batch, shape):
-    scales = torch.logspace(-3, 3, torch.Size(batch).numel())
-    G = torch.randn(*batch, *shape) * scales.view(*batch, 1, 1)
-    together = zeropower(G, 5, torch.float32)
-    alone = torch.stack([zeropower(g, 5, torch.float32) for g in G.view(-1, *shape)])
-    torch.testing.assert_close(together, alone.view_as(G), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_matrix_stays_zero_beside_one_that_is_not(dtype):
-    X = zeropower(torch.stack([torch.zeros(8, 16), torch.ones(8, 16)]), 5, dtype)
-    assert not X[0].any() and bool(X[1].isfinite().all()) and bool(X[1].any())
 
 
 @pytest.mark.parametrize("shape", [(8, 256), (256, 8), (3, 256, 8)])
@@ -125,10 +111,14 @@ def assert_equal_params(pairs):
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.85, 0.95])
 def test_several_steps_equal_a_plain_loop(nesterov, momentum):
+    """A missing gradient counts as zero, and a matrix that never has one stays, beside others."""
     pairs = muon_and_loop(lr=0.05, momentum=momentum, nesterov=nesterov, ns_steps=5)
-    for step in range(4):
-        step_both(pairs, step)
+    never = pairs[0][0][6]
+    start = never.detach().clone()
+    for step, leave_out in enumerate([(6,), (0, 6), (1, 4, 6), (6,)]):
+        step_both(pairs, step, leave_out)
     assert_equal_params(pairs)
+    assert torch.equal(never, start)
 
 
 def test_default_dtype_stays_near_the_plain_loop():
@@ -139,46 +129,18 @@ def test_default_dtype_stays_near_the_plain_loop():
         assert ((p - expected).norm() / (expected - before).norm()).item() < 0.05
 
 
-@pytest.mark.parametrize(
-    "shape, factor", [((16, 16), 1), ((8, 32), 1), ((32, 8), 2), ((3, 64, 4), 4), ((3, 4, 64), 1)]
-)
-def test_length_of_a_step_by_shape_and_by_parameter(shape, factor):
-    (p,) = make_params([shape])
-    p.lr_mul = 0.5
-    before = p.detach().clone()
-    set_grads([p], seed=3)
-    Muon([p], lr=0.1, momentum=0.0, dtype=torch.float32).step()
-    updates = [twins.newton_schulz(g, 5) for g in p.grad.view(-1, *shape[-2:])]
-    expected = 0.1 * 0.5 * factor * torch.stack(updates).view(shape)
-    torch.testing.assert_close((before - p.detach()).double(), expected, rtol=1e-4, atol=1e-6)
-
-
 def test_learning_rate_and_momentum_of_the_groups_are_read_at_each_step():
+    """The momentum ends at none: after any other change the twin's would be another sum."""
     pairs = muon_and_loop(lr=0.05, momentum=0.9)
     muon, loop = pairs[0][1], pairs[1][1]
-    for step, lr in enumerate((0.05, 0.02, 0.0, 0.01)):
+    rates = (0.05, 0.9), (0.02, 0.9), (0.0, 0.9), (0.01, 0.9), (0.01, 0.0)
+    for step, (lr, momentum) in enumerate(rates):
         for group in muon.param_groups:
-            group["lr"] = lr
+            group.update(lr=lr, momentum=momentum)
         loop.lr = lr
+        loop.momentum = momentum
         step_both(pairs, step)
     assert_equal_params(pairs)
-    # Without momentum a step forgets all before it, as a new optimizer's first step does.
-    for group in muon.param_groups:
-        group["momentum"] = 0.0
-    fresh = twins.PlainMuon(pairs[1][0], lr=0.01, momentum=0.0)
-    pairs = pairs[0], (pairs[1][0], fresh)
-    step_both(pairs, 99)
-    assert_equal_params(pairs)
-
-
-def test_missing_gradient_counts_as_zero():
-    pairs = muon_and_loop(lr=0.05, momentum=0.9)
-    never = pairs[0][0][6]
-    start = never.detach().clone()
-    for step, leave_out in enumerate([(0, 6), (1, 4, 6), (6,)]):
-        step_both(pairs, step, leave_out)
-    assert_equal_params(pairs)
-    assert torch.equal(never, start)
 
 
 @pytest.fixture
@@ -190,56 +152,27 @@ def events(monkeypatch):
         recorded.append(("work on", tuple(G.shape)))
         return zeropower(G, *args)
 
-    def gather(gathered, mine, async_op=False):
-        recorded.append(("send", tuple(mine.shape[1:])))
+    def gather(gathered, mine, async_op):
+        shape = tuple(mine.shape[1:])
+        recorded.append(("send", shape))
         gathered.zero_()[: len(mine)] = mine
-        return Arrival(tuple(mine.shape[1:])) if async_op else None
-
-    class Arrival:
-        def __init__(self, shape):
-            self.shape = shape
-
-        def wait(self):
-            recorded.append(("wait for", self.shape))
+        return SimpleNamespace(wait=lambda: recorded.append(("wait for", shape)))
 
     monkeypatch.setattr(train_gpt, "zeropower_via_newtonschulz5", orthogonalise)
-    names = ("all_gather_into_tensor", "all_gather_single")
-    real = [f for f in (getattr(torch.distributed, name, None) for name in names) if f]
-    for module in (torch.distributed, train_gpt):  # under whichever name the script has hold of it
-        for name, value in list(vars(module).items()):
-            if any(value is f for f in real):
-                monkeypatch.setattr(module, name, gather)
+    for name in ("all_gather_into_tensor", "all_gather_single"):
+        monkeypatch.setattr(torch.distributed, name, gather, raising=False)
     return recorded
 
 
-def test_parameters_of_one_shape_are_one_batch(events):
-    params = make_params(MIXED)
-    set_grads(params, seed=0)
-    Muon(params, lr=0.05).step()
-    batches = [(1, 3, 8, 16), (1, 3, 16, 8), (1, 8, 32), (2, 32, 8), (3, 16, 16)]
-    assert sorted(shape for _, shape in events) == batches
-
-
-def test_updates_travel_while_the_next_ones_are_worked_on(events):
-    params = make_params([(16, 16)] * 4 + [(32, 8)] * 2 + [(8, 8)] * 2)
+def test_updates_of_one_shape_are_one_batch_which_travels_while_the_next_is_worked_on(events):
+    params = make_params([(16, 16), (32, 8), (3, 8, 16), (16, 16), (16, 16), (32, 8), (16, 16)])
     set_grads(params, seed=0)
     Muon(params, lr=0.05, rank=0, world_size=2).step()
     expected = []
-    for share, shape in ((2, (16, 16)), (1, (32, 8)), (1, (8, 8))):
+    shares = {(16, 16): 2, (32, 8): 1, (3, 8, 16): 1}
+    for shape, share in shares.items():
         expected += [("work on", (share, *shape)), ("send", shape)]
-    assert events == expected + [("wait for", shape) for shape in ((16, 16), (32, 8), (8, 8))]
-
-
-def test_state_dict_continues_where_it_was_saved():
-    whole, first = make_params(MIXED), make_params(MIXED)
-    pairs = [(params, Muon(params, lr=0.05, dtype=torch.float32)) for params in (whole, first)]
-    for step in range(2):
-        step_both(pairs, step)
-    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
-    resumed = Muon(second, lr=0.05, dtype=torch.float32)
-    resumed.load_state_dict(pairs[1][1].state_dict())
-    step_both([pairs[0], (second, resumed)], 2)
-    assert all(torch.equal(p, expected) for p, expected in zip(second, whole, strict=True))
+    assert events == expected + [("wait for", shape) for shape in shares]
 
 
 # ---------------------------------------------------------------------------------------------

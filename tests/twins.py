@@ -66,9 +66,8 @@ def rounded(t, scale, dtype):
 
 def fp8_mm(x, w, x_s, w_s):
     """x (T, in) @ w.T, with both operands in e4m3."""
-    return (
-        rounded(x, x_s, torch.float8_e4m3fn) @ rounded(w, w_s, torch.float8_e4m3fn).T / (x_s * w_s)
-    )
+    x, w = rounded(x, x_s, torch.float8_e4m3fn), rounded(w, w_s, torch.float8_e4m3fn)
+    return x @ w.T / (x_s * w_s)
 
 
 def fp8_mm_backward(grad, x, w, x_s, w_s, grad_s):
@@ -106,13 +105,11 @@ class PlainMuon:
     """
 
     def __init__(self, params, lr, momentum, nesterov=True, ns_steps=5):
-        self.params, self.lr, self.momentum, self.nesterov, self.ns_steps = (
-            list(params),
-            lr,
-            momentum,
-            nesterov,
-            ns_steps,
-        )
+        self.params = list(params)
+        self.lr = lr
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.ns_steps = ns_steps
         self.buffers = [torch.zeros_like(p, dtype=torch.float64) for p in self.params]
 
     @torch.no_grad()
@@ -123,9 +120,8 @@ class PlainMuon:
             ahead = grad + self.momentum * buffer if self.nesterov else buffer
             rows, cols = p.shape[-2:]
             length = self.lr * getattr(p, "lr_mul", 1.0) * max(1, rows / cols) ** 0.5
-            for matrix, direction in zip(
-                p.view(-1, rows, cols), ahead.view(-1, rows, cols), strict=True
-            ):
+            directions = ahead.view(-1, rows, cols)
+            for matrix, direction in zip(p.view(-1, rows, cols), directions, strict=True):
                 matrix.sub_(length * newton_schulz(direction, self.ns_steps).to(p.dtype))
 
 
@@ -133,15 +129,10 @@ class PlainAdam:
     """Adam as in its paper, of (parameter, learning rate) pairs."""
 
     def __init__(self, params_and_rates, betas=(0.8, 0.95), eps=1e-10):
-        self.items = [
-            (
-                p,
-                lr,
-                torch.zeros_like(p, dtype=torch.float64),
-                torch.zeros_like(p, dtype=torch.float64),
-            )
-            for p, lr in params_and_rates
-        ]
+        self.items = []
+        for p, lr in params_and_rates:
+            zeros = torch.zeros_like(p, dtype=torch.float64)
+            self.items.append((p, lr, zeros, zeros.clone()))
         self.betas, self.eps, self.steps = betas, eps, 0
 
     @torch.no_grad()
@@ -224,14 +215,9 @@ def gpt_logits(weights, ids, window, *, num_layers, num_heads, head_dim, vocab_s
     long_mask = dense_mask(ids, vocab_size - 1, window)
     short_mask = dense_mask(ids, vocab_size - 1, max(1, window // 2))
     tables = [weights[f"value_embeds.embed.{n}.weight"][ids] for n in range(3)]
-    value_embeds = {
-        0: tables[0],
-        1: tables[1],
-        2: tables[2],
-        num_layers - 3: tables[0],
-        num_layers - 2: tables[1],
-        num_layers - 1: tables[2],
-    }
+    tables = [table.view(T, num_heads, head_dim) for table in tables]
+    # By layer: of the first three and of the last three.
+    value_embeds = dict(enumerate(tables)) | dict(enumerate(tables, num_layers - 3))
     half, stored = num_layers // 2, {}
     x = x0 = rms_norm(weights["embed.weight"][ids])
     for layer in range(num_layers):
@@ -249,16 +235,11 @@ def gpt_logits(weights, ids, window, *, num_layers, num_heads, head_dim, vocab_s
             q, k = rotary(rms_norm(q)), rotary(rms_norm(k))
             v = weights[name + "attn.lambdas"][0] * v
             if layer in value_embeds:
-                v = v + weights[name + "attn.lambdas"][1] * value_embeds[layer].view(
-                    T, num_heads, head_dim
-                )
+                v = v + weights[name + "attn.lambdas"][1] * value_embeds[layer]
             mask = long_mask if is_long(layer, num_layers) else short_mask
             y = dense_attention(*(t.transpose(0, 1) for t in (q, k, v)), mask, 0.12)
-            x = (
-                x
-                + y.transpose(0, 1).reshape(T, num_heads * head_dim)
-                @ weights[name + "attn.c_proj.weight"].T
-            )
+            y = y.transpose(0, 1).reshape(T, num_heads * head_dim)
+            x = x + y @ weights[name + "attn.c_proj.weight"].T
         hidden = torch.relu(rms_norm(x) @ weights[name + "mlp.c_fc.weight"].T) ** 2
         x = x + hidden @ weights[name + "mlp.c_proj.weight"].T
         if layer < half:
