@@ -9,15 +9,14 @@ has been seen on which hardware, with the log of each result.
     python train_gpt.py --preset tiny                       a small one, on a CPU
 
 The first part is the recipe: settings, FP8 matmul, Muon, network, data, step.
-The second part is what a run needs around it: machine, command line, processes,
-checkpoints, log.
+The second part is what a run needs around it: machine, shards, command line,
+processes, checkpoints, log.
 """
 
 import argparse
 import bisect
 import concurrent.futures
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import datetime
@@ -110,6 +109,7 @@ class Hyperparameters:
     scalar_lr: float = setting("training", 0.04, "learning rate of the mixing weights (Adam)")
     muon_lr: float = setting("training", 0.05, "learning rate of the hidden matrices (Muon)")
     repeat: bool = setting("training", False, "begin again when the training tokens are used up")
+    shuffle: bool = setting("training", False, "take the training sequences in a random order")
     seed: int = setting(
         "training", 0, "seed of the initial weights and of the sample", most=2**63 - 1
     )
@@ -137,7 +137,7 @@ class Hyperparameters:
     val_loss_every: int = setting("run", 125, "steps between validations; 0 for the last alone")
     sample: int = setting("run", 0, "tokens to write after training, at most")
     timeout: int = setting(
-        "run", 300, "seconds to wait for another process; more than a validation takes", least=5
+        "run", 300, "seconds to wait for a process, which may compile, validate or write", least=5
     )
     log_dir: str = setting("run", "logs", "folder of the log")
     run_id: str = setting(
@@ -188,6 +188,7 @@ PRESETS = {
         scalar_lr=0.02,
         muon_lr=0.035,
         repeat=True,
+        shuffle=True,
         train_files="data/local_text/train_*.bin",
         val_files="data/local_text/val_*.bin",
         val_tokens=65536,
@@ -328,8 +329,8 @@ class Muon(torch.optim.Optimizer):
     gradients of the parameters it owns, keeps their momentum, and sends their updates to all.
 
     lr scales the orthogonal update. It is multiplied by a parameter's attribute `lr_mul`, if it has
-    one, and by sqrt(rows / cols) for a tall matrix, so that its output changes as much as a wide
-    one's.
+    one, and by sqrt(rows / cols) for a tall matrix, so that tall matrices change their output as
+    much as wide ones do.
     """
 
     def __init__(
@@ -369,9 +370,9 @@ class Muon(torch.optim.Optimizer):
         for group, (update, work) in zip(self.param_groups, updates, strict=True):
             if work is not None:
                 work.wait()
-            tall = max(1, update.size(-2) / update.size(-1)) ** 0.5
+            tall_factor = max(1, update.size(-2) / update.size(-1)) ** 0.5
             for p, u in zip(group["params"], update, strict=False):
-                p.add_(u, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * tall)
+                p.add_(u, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * tall_factor)
 
     def orthogonal_updates(self, group: dict) -> tuple:
         """Advance the momentum this process owns, and start to gather the updates of all.
@@ -598,7 +599,7 @@ class GPT(nn.Module):
     fp8: matmuls in FP8 where the hardware can: "none", "head", or "all", with the hidden ones.
     dtype: of the activations and the embeddings; the other weights are float32.
     train_seq_len: tokens of a micro-step. The more there are, the smaller the gradients of their
-    mean loss, which the scale of FP8 gradients makes up for.
+    mean loss, and the larger the factor that FP8 gradients are multiplied by.
     """
 
     def __init__(
@@ -623,7 +624,7 @@ class GPT(nn.Module):
         # 2**19 keeps the gradients of a mean over 48K tokens inside e5m2's range.
         grad_s = 2.0**19 * self.train_seq_len / (48 * 1024)
         hidden_fp8 = {}
-        if fp8 == "all":  # |x| <= 224 and |w| <= 3.5 fit into e4m3
+        if fp8 == "all":  # up to |x| = 448 / 2 and |w| = 448 / 128 fit into e4m3
             hidden_fp8 = dict(use_fp8=True, x_s=2.0, w_s=128.0, grad_s=grad_s)
         self.embed = nn.Embedding(vocab_size, model_dim, dtype=dtype)
         self.value_embeds = ValueEmbedding(vocab_size, num_heads * head_dim, num_layers, dtype)
@@ -645,9 +646,10 @@ class GPT(nn.Module):
         """The long and the short mask for ids (T,), T a multiple of 128, and a 0-d int32 window W.
 
         Query block i sees the key blocks i - W < j <= i, with max(1, W // 2) for W in the short
-        mask; in them query q sees key k when k <= q and both are of one document. It is worked out
-        from the documents of each block's first and last token. Blocks in which every query sees
-        every key are listed apart, so that the kernel skips the mask there. The nearest come first.
+        mask; in them query q sees key k when k <= q and both are of one document. Documents are
+        numbered in order, so the numbers of a block's first and last token tell which blocks share
+        one. Blocks in which every query sees every key are listed apart, so that the kernel skips
+        the mask there. The nearest come first.
         """
         if input_seq.ndim != 1 or input_seq.numel() % BLOCK:
             raise ValueError(f"ids must be (T,), T a multiple of 128, got {tuple(input_seq.shape)}")
@@ -656,10 +658,10 @@ class GPT(nn.Module):
         last = document.view(-1, BLOCK)[:, -1]
         j = torch.arange(first.numel(), dtype=torch.int32, device=input_seq.device)
         i = j[:, None]
-        # Block j < i shares a document with block i when it ends in the one where i begins. From j
-        # to i all is one document when j begins in the one where i ends.
-        shared = (j <= i) & (last == first[:, None]) | (j == i)
-        full = (j < i) & (first == last[:, None])
+        # Of j < i some key is seen when j ends in the document in which i begins, and every key is
+        # seen by every query when j begins in the document in which i ends.
+        some_pair = (j == i) | ((j < i) & (last == first[:, None]))
+        every_pair = (j < i) & (first == last[:, None])
 
         def causal_in_document(b, h, q, k):
             return (k <= q) & (document[q] == document[k])
@@ -671,8 +673,8 @@ class GPT(nn.Module):
         def within(window: Tensor) -> BlockMask:
             near = j > i - window
             return BlockMask.from_kv_blocks(
-                *nearest_first(shared & ~full & near),
-                *nearest_first(full & near),
+                *nearest_first(some_pair & ~every_pair & near),
+                *nearest_first(every_pair & near),
                 BLOCK_SIZE=BLOCK,
                 mask_mod=causal_in_document,
             )
@@ -699,7 +701,8 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: (T, model_dim) to float32 (T, vocabulary padded to 128s).
 
-        Up to a constant this is 15 tanh(x / 15), the cap of "Gemma 2" (Gemma Team, 2024).
+        It is 15 + 15 tanh(x / 15), the cap of "Gemma 2" (Gemma Team, 2024) and a constant, which
+        the softmax does not see.
         """
         return 30 * torch.sigmoid(self.lm_head(hidden).float() / 7.5)
 
@@ -732,43 +735,22 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: shards, each a header of 256 int32 (magic number, version, number of tokens, vocabulary
-# size, zeros) and its tokens in uint16
-
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_BYTES = 4 * 256
-GPT2_VOCAB = 50257
+# Data: the tokens of all shards, cut into sequences
 
 
-def open_shard(path: str) -> tuple[np.ndarray, int]:
-    """Map a shard into memory: its tokens (N,) uint16 and its vocabulary size.
-
-    Raises UserError where the file is not a whole shard.
-    """
-    size = os.path.getsize(path) - HEADER_BYTES
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if size < 0:
-        header = np.zeros(256, dtype="<i4")
-    magic, version, num_tokens, vocab_size = header[:4].tolist()
-    vocab_size = vocab_size or GPT2_VOCAB  # the public shards leave it at 0
-    known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
-    whole = num_tokens > 0 and size == 2 * num_tokens
-    if not (known and whole and 2 <= vocab_size <= 1 << 16):
-        raise UserError(
-            f"{path} is no whole token shard (magic number {magic}, version {version}, "
-            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes of them); make it again, "
-            "or let --train_files and --val_files leave it out."
-        )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
-    return tokens, vocab_size
+@functools.lru_cache(maxsize=2)  # a step may have sequences of two passes
+def random_order(seed: int, length: int) -> np.ndarray:
+    """The numbers from 0 to length - 1, shuffled."""
+    return np.random.default_rng(seed).permutation(length)
 
 
 class DistributedDataLoader:
     """The tokens of all shards, in the order of their names, as sequences that processes share.
 
-    Sequence g begins at token g * seq_len, whatever the number of processes, which take turns.
+    Sequence g begins at token start_of(g), whatever the number of processes. They take
+    sequences in turn: rank, rank + world_size, and so on.
     num_tokens: how many tokens the run predicts (None or 0: all); targets beyond them are -100.
+    repeat: begin again after the last token. shuffle: read in a random order, the same in each run.
     Raises UserError where files are missing or broken, or have too few tokens.
     """
 
@@ -782,6 +764,7 @@ class DistributedDataLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         repeat: bool = False,
+        shuffle: bool = False,
     ):
         self.files = sorted(glob.glob(filename_pattern))
         if not self.files:
@@ -790,14 +773,8 @@ class DistributedDataLoader:
                 "`python data/local_text.py`, fetch FineWeb as README.md says, or name yours with "
                 "--train_files and --val_files."
             )
-        self.shards, vocab_sizes = zip(*map(open_shard, self.files), strict=True)
-        self.vocab_size = vocab_sizes[0]
-        for path, vocab_size in zip(self.files, vocab_sizes, strict=True):
-            if vocab_size != self.vocab_size:
-                raise UserError(
-                    f"{path} has a vocabulary of {vocab_size}, and {self.files[0]} one of "
-                    f"{self.vocab_size}; use shards of one tokenizer."
-                )
+        self.shards, self.vocab_sizes = zip(*map(open_shard, self.files), strict=True)
+        self.vocab_size = self.vocab_sizes[0]
         *self.starts, self.total = np.cumsum([0, *map(len, self.shards)]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         missing = max(2, self.num_tokens + 1) - self.total  # the last target is one token further
@@ -808,26 +785,24 @@ class DistributedDataLoader:
                 "--repeat."
             )
         self.seq_len = seq_len
+        self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device(device)
         self.num_sequences = math.ceil(self.num_tokens / seq_len)
         self.position = 0  # the number of sequences that all processes have taken together
 
-    def check_tokens(self):
-        """Read all that the run will see. Raises UserError at a token beyond the vocabulary."""
-        for path, start, shard in zip(self.files, self.starts, self.shards, strict=True):
-            tokens = shard[: max(0, self.num_tokens + 1 - start)]
-            wrong = np.flatnonzero(tokens >= self.vocab_size)
-            if len(wrong):
-                raise UserError(
-                    f"{path} has token {tokens[wrong[0]]} at position {wrong[0]}, beyond its "
-                    f"vocabulary of {self.vocab_size}; make it again."
-                )
-
     def shard_at(self, token: int) -> int:
         """The number of the shard that holds a token, counted through all repetitions."""
         return bisect.bisect_right(self.starts, token % self.total) - 1
+
+    def start_of(self, index: int) -> int:
+        """The token at which a sequence begins; shuffled, in another order for each pass."""
+        if self.shuffle:
+            in_a_pass = max(1, (self.total - 1) // self.seq_len)
+            pass_number, place = divmod(index, in_a_pass)
+            index = int(random_order(pass_number, in_a_pass)[place])
+        return index * self.seq_len
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens, uint16, from position `start` of the shards' endless repetition."""
@@ -842,13 +817,13 @@ class DistributedDataLoader:
 
     def sequence(self, index: int) -> tuple[Tensor, Tensor]:
         """Sequence `index` on the device: inputs (seq_len,) int32 and targets (seq_len,) int64."""
-        start = index * self.seq_len
-        tokens = torch.from_numpy(self.read(start, self.seq_len + 1).view(np.int16))
+        tokens = self.read(self.start_of(index), self.seq_len + 1)
+        tokens = torch.from_numpy(tokens.view(np.int16))
         if self.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)  # the host goes on
         ids = tokens.int() & 0xFFFF  # unsigned again; few of torch's kernels take uint16
         targets = ids[1:].long()
-        targets[max(0, self.num_tokens - start) :] = -100
+        targets[max(0, self.num_tokens - index * self.seq_len) :] = -100
         return ids[:-1], targets
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
@@ -926,31 +901,6 @@ def set_schedule(optimizers, step: int, hp: Hyperparameters, machine: "Machine")
     return window.to(machine.device, non_blocking=True)
 
 
-def sum_over_processes(t: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(t)
-    return t
-
-
-def sum_gradients(model: GPT, muon: Muon):
-    """Add up the gradients over all processes: Muon's at their owners, the others everywhere.
-
-    All are sent off before the first is waited for. A matrix that goes to its owner alone takes
-    half of the traffic of a sum that everybody gets.
-    """
-    works = []
-    for p in model.parameters():
-        if p.grad is None:
-            continue
-        if p in muon.owner:
-            works.append(dist.reduce(p.grad, muon.owner[p], async_op=True))
-        else:
-            works.append(dist.all_reduce(p.grad, async_op=True))
-    for work in works:
-        work.wait()
-
-
 def training_step(
     model: GPT, optimizers, batches, window: Tensor, seqs_per_step: int, machine: "Machine"
 ) -> Tensor:
@@ -967,6 +917,7 @@ def training_step(
     losses = machine.map(micro_step, batches, accumulates=True)
     if dist.is_initialized():
         sum_gradients(model, optimizers[1])
+    # So far they are those of the sum of the sequences' losses.
     torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], seqs_per_step)
     machine.map(lambda optimizer: optimizer.step(), optimizers)
     model.zero_grad(set_to_none=True)
@@ -979,7 +930,7 @@ def validate(
 ) -> float:
     """Mean loss in nats per token over exactly loader.num_tokens, shared by the processes."""
 
-    @torch.no_grad()  # which counts for its own thread alone
+    @torch.no_grad()  # which holds for one thread, and the machine may run this in another
     def loss_sum(index: int) -> Tensor:
         num_targets = min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
         return model(*loader.sequence(index), window).double() * num_targets
@@ -997,7 +948,7 @@ def validate(
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
-# Machine: every choice of device and precision is made here
+# Machine: the device, its precision, and what is done in another way on a CPU
 
 
 @torch.compiler.assume_constant_result
@@ -1042,9 +993,8 @@ class Machine:
                 f"{count} GPU(s) found here, and process {ranks[1]} would need one more; start "
                 f"--nproc_per_node={count}."
             )
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # an older name of the same
-            # Segments that can grow lose less memory to fragmentation.
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # Segments that can grow lose less memory to fragmentation.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", ranks[1])
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
@@ -1075,8 +1025,8 @@ class Machine:
     def map(self, function, items, accumulates: bool = False) -> list:
         """`function` of each item; on a CPU two at a time, which suits small tensors better.
 
-        accumulates: the function adds to gradients. Two of them add up the same in either order,
-        three do not: then more than two items run one after another.
+        accumulates: the function adds to gradients. Two items add up to the same in either order,
+        three do not, so that more than two are run one after another.
         """
         if self.pool is None or (accumulates and len(items) != 2):
             return [function(item) for item in items]
@@ -1131,8 +1081,9 @@ def keep_freed_memory():
 def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor]:
     """A BlockMask as batched matmuls want it, worked out once and kept on the mask.
 
-    For n query blocks that see at most K key blocks each: the numbers of these, (n, K), filled up
-    with others, and what to add to the scores, float32 (n, 128, K * 128).
+    For n query blocks that see at most K key blocks each: the indices of these, (n, K), filled up
+    with others that the bias hides, and the bias of the scores, float32 (n, 128, K * 128), which is
+    0 or -inf.
     """
     if not hasattr(block_mask, "plan"):
         seen = block_mask.to_dense()[0, 0].bool()
@@ -1164,6 +1115,51 @@ def block_sparse_attention(
     v = v.reshape(H, n, BLOCK * D).index_select(1, blocks.flatten()).view(H, n, -1, D)
     p = torch.softmax(torch.add(bias, q @ k.mT, alpha=scale), dim=-1)
     return (p.to(v.dtype) @ v).view(1, H, T, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards: each a header of 256 int32 (magic number, version, number of tokens, vocabulary size,
+# zeros) and its tokens in uint16
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 4 * 256
+GPT2_VOCAB = 50257
+
+
+def open_shard(path: str) -> tuple[np.ndarray, int]:
+    """Map a shard into memory: its tokens (N,) uint16 and its vocabulary size.
+
+    Raises UserError where the file is not a whole shard.
+    """
+    size = os.path.getsize(path) - HEADER_BYTES
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if size < 0:
+        header = np.zeros(256, dtype="<i4")
+    magic, version, num_tokens, vocab_size = header[:4].tolist()
+    vocab_size = vocab_size or GPT2_VOCAB  # the public shards leave it at 0
+    known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
+    whole = num_tokens > 0 and size == 2 * num_tokens
+    if not (known and whole and 2 <= vocab_size <= 1 << 16):
+        raise UserError(
+            f"{path} is no whole token shard (magic number {magic}, version {version}, "
+            f"{num_tokens} tokens, vocabulary {vocab_size}, {size} bytes of them); make it again, "
+            "or let --train_files and --val_files leave it out."
+        )
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+    return tokens, vocab_size
+
+
+def check_tokens(loader: DistributedDataLoader):
+    """Read all that the run may see. Raises UserError at a token beyond the vocabulary."""
+    needed = loader.total if loader.shuffle else loader.num_tokens + 1
+    for path, start, shard in zip(loader.files, loader.starts, loader.shards, strict=True):
+        wrong = np.flatnonzero(shard[: max(0, needed - start)] >= loader.vocab_size)
+        if len(wrong):
+            raise UserError(
+                f"{path} has token {shard[wrong[0]]} at position {wrong[0]}, beyond its "
+                f"vocabulary of {loader.vocab_size}; make it again."
+            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1266,7 +1262,7 @@ def check_limits(name: str, value, least=0, most=math.inf, multiple_of=None, **_
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes: they start from the same, stop after the same step, and end together
+# Processes: they start from the same, add up, stop after the same step, and end together
 
 
 def say(sentence: str):
@@ -1276,40 +1272,54 @@ def say(sentence: str):
 
 
 class StopSignals(contextlib.ExitStack):
-    """SIGINT and SIGTERM: the first lets the step finish, on all processes the same one.
+    """SIGINT and SIGTERM: the first one asks all processes to stop after the same step.
 
-    A second one, a second or more later, ends the process at once, as the first does before there
-    are steps to finish. (torchrun and a terminal may both send the first one.) A thread receives
-    them, since the main one may wait in a collective that never ends.
+    A second one, at least a second later, ends this process at once, as the first does where no
+    steps are under way. (torchrun and a terminal may both send the first one.)
     """
 
     def __init__(self):
         super().__init__()
         self.received = 0  # the first signal's number
         self.in_steps = False
-        self.pipe, pipe_in = os.pipe()
-        os.set_blocking(pipe_in, False)
-        self.callback(os.close, pipe_in)  # which ends the thread
-        self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(pipe_in))
+        self.second_from = math.inf  # on the clock of time.monotonic
         for number in (signal.SIGINT, signal.SIGTERM):
-            # Python writes a signal into the pipe only where it has a handler.
-            self.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-        threading.Thread(target=self.listen, daemon=True).start()
+            self.callback(signal.signal, number, signal.signal(number, self.handle))
 
-    def listen(self):
-        second_from = math.inf
-        while number := int.from_bytes(os.read(self.pipe, 1)):
-            if number not in (signal.SIGINT, signal.SIGTERM):
-                continue
-            if not self.in_steps or time.monotonic() > second_from:
-                # What torchrun ends is silent, for torchrun says why.
-                if "RANK" not in os.environ:
-                    say(f"stopped by {signal.Signals(number).name}.")
-                os._exit(128 + number)
-            if not self.received:
-                self.received = number
-                second_from = time.monotonic() + 1
-        os.close(self.pipe)
+    def handle(self, number: int, _frame):
+        if not self.in_steps or time.monotonic() > self.second_from:
+            # What torchrun ends is silent, for torchrun says why.
+            if "RANK" not in os.environ:
+                say(f"stopped by {signal.Signals(number).name}.")
+            os._exit(128 + number)
+        if not self.received:
+            self.received = number
+            self.second_from = time.monotonic() + 1
+
+
+def sum_over_processes(t: Tensor) -> Tensor:
+    """Add up a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
+def sum_gradients(model: GPT, muon: Muon):
+    """Add up the gradients over all processes: Muon's at their owners, the others everywhere.
+
+    All are sent off before the first is waited for. A matrix that goes to its owner alone takes
+    half of the traffic of a sum that everybody gets.
+    """
+    works = []
+    for p in model.parameters():
+        if p.grad is None:
+            continue
+        if p in muon.owner:
+            works.append(dist.reduce(p.grad, muon.owner[p], async_op=True))
+        else:
+            works.append(dist.all_reduce(p.grad, async_op=True))
+    for work in works:
+        work.wait()
 
 
 @contextlib.contextmanager
@@ -1323,7 +1333,10 @@ def process_group(machine: Machine, facts: dict[str, str], timeout: int):
         yield
         return
     patience = datetime.timedelta(seconds=timeout)
-    store, *_ = next(dist.rendezvous("env://", timeout=patience))
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+    except (ValueError, dist.DistError) as error:  # not started by torchrun, or not all of them
+        raise UserError(f"{error}; start several processes by torchrun.") from None
     try:
         dist.init_process_group(
             "nccl" if machine.is_gpu else "gloo",
@@ -1352,9 +1365,10 @@ def process_group(machine: Machine, facts: dict[str, str], timeout: int):
 
 
 def call_the_roll(store, machine: Machine, error: RuntimeError):
-    """Say who is missing, by the launcher's store, after a collective has failed here.
+    """Say which processes do not answer in the launcher's store, after a collective has failed.
 
-    Those who still wait in one hear of it when this process leaves the group, and answer as well.
+    When this process leaves the group, the collectives in which others still wait fail as well, and
+    these others answer, too.
     """
     # On a host that is cut off, the store would keep its clients waiting for many minutes.
     threading.Timer(20, end_unanswered).start()
@@ -1397,6 +1411,8 @@ def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str
 # Checkpoints: all that a run goes on from. What is damaged or of another run is refused
 
 CHECKPOINT_FORMAT = 2
+CHECKPOINT_FILES = "step_" + 8 * "[0-9]" + ".pt"  # other files in the folder are the user's
+# What a checkpoint holds besides tensors, as it is for a run that begins.
 BEGINNING = dict(step=0, run_id="", ms=0.0, best=math.inf, position=0, curve={})
 
 
@@ -1450,8 +1466,8 @@ def write_checkpoint(path: Path, state: dict, keep: int):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)  # a full disk has better use for it
-    saved = sorted(path.parent.glob("step_*.pt"))
+        unfinished.unlink(missing_ok=True)  # after a failure, too: the disk may be full
+    saved = sorted(path.parent.glob(CHECKPOINT_FILES))
     kept = [other for other in saved if other <= path][-keep:]
     for other in set(saved) - set(kept):
         other.unlink(missing_ok=True)
@@ -1462,6 +1478,8 @@ def go_on_from(start: dict, network: GPT, optimizers, loader: DistributedDataLoa
     try:
         restore(start, network, optimizers)
         loader.position = start["position"]
+        for name in ("network", "adam", "muon"):
+            del start[name]  # a copy in the memory of each process
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{start['path']} is of another network ({type(error).__name__}); resume it with its "
@@ -1507,7 +1525,7 @@ def find_checkpoint(hp: Hyperparameters, curve: dict[str, str]) -> dict:
     """
     paths = [Path(hp.resume)] if hp.resume else []
     if hp.resume == "auto":
-        found = Path(hp.log_dir).glob(f"{glob.escape(hp.run_id) or '**'}/step_*.pt")
+        found = Path(hp.log_dir).glob(f"{glob.escape(hp.run_id) or '**'}/{CHECKPOINT_FILES}")
         paths = sorted(found, key=os.path.getmtime, reverse=True)
         if hp.eval_only and not paths:
             raise UserError(f"there is no checkpoint under {hp.log_dir}; name one with --resume.")
@@ -1545,7 +1563,7 @@ class Log:
         self.best = start["best"]
         self.last_checkpoint = start["path"]
         self.ms_before = start["ms"]
-        self.running_since = None  # while the clock stands still
+        self.running_since = None  # None while the clock is stopped
         self.stopping = False  # whether a process was asked to stop
         self.pending = None  # a step, and a function that waits for its loss
         self.failing = set()  # what could not be written when it was last tried
@@ -1557,7 +1575,7 @@ class Log:
         try:
             if not silent:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            # The buffer keeps what a full disk does not take.
+            # The buffer keeps lines that a full disk does not take until there is room.
             path = os.devnull if silent else self.path
             self.file = io.BufferedWriter(io.FileIO(path, "a" if goes_on else "x"), 1 << 24)
         except OSError as error:
@@ -1566,6 +1584,7 @@ class Log:
                 "or --log_dir."
             ) from None
         self.bar = tqdm(
+            desc="warming up",
             total=hp.num_iterations * self.step_tokens,
             initial=start["step"] * self.step_tokens,
             unit="tok",
@@ -1575,7 +1594,7 @@ class Log:
         )
 
     def attempt(self, what: str, action, *args) -> bool:
-        """Do what a full disk shall not end the training by; say its failure once."""
+        """Run an action that writes. Where it fails, say so once, and return False."""
         try:
             action(*args)
         except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
@@ -1618,19 +1637,24 @@ class Log:
         now = self.ms()
         return f"train_time:{now:.0f}ms step_avg:{now / max(step, 1):.2f}ms"
 
-    def check(self, step: int, loss: float):
+    def check(self, step: int, loss: float, validation: bool = False):
         """Raise UserError where the loss is not finite; it is the same on all processes."""
-        if not math.isfinite(loss):
-            start = self.step_tokens * (max(step, 1) - 1)
-            end = start + self.step_tokens - 1
-            first, last = start // self.loader.seq_len, end // self.loader.seq_len
-            shards = dict.fromkeys(map(self.loader.shard_at, range(start, end + 1)))
-            files = " and ".join(self.loader.files[shard] for shard in shards)
-            raise UserError(
-                f"the loss of step {step} is {loss}, on sequences {first} to {last} (tokens "
-                f"{start} to {end}) out of {files}; the last checkpoint: "
-                f"{self.last_checkpoint or 'none'}."
-            )
+        if math.isfinite(loss):
+            return
+        tokens = "the validation tokens" if validation else self.tokens_of(step)
+        raise UserError(
+            f"the loss of step {step} is {loss}, on {tokens}; the last checkpoint: "
+            f"{self.last_checkpoint or 'none'}."
+        )
+
+    def tokens_of(self, step: int) -> str:
+        """Where the sequences of a step begin, and the shards that hold them."""
+        loader = self.loader
+        end = step * self.hp.seqs_per_step
+        starts = [loader.start_of(index) for index in range(end - self.hp.seqs_per_step, end)]
+        tokens = [start + i for start in starts for i in range(loader.seq_len)]
+        files = dict.fromkeys(loader.files[loader.shard_at(token)] for token in tokens)
+        return f"the sequences that begin at tokens {starts} of {' and '.join(files)}"
 
     def step(self, step: int, loss_and_stops: Tensor):
         """The line of a step. A GPU's is written while the next step runs: nothing waits for it."""
@@ -1647,6 +1671,7 @@ class Log:
         self.pending = None
         loss, stops = read()
         self.stopping = stops > 0
+        self.bar.set_description(f"step {step}/{self.hp.num_iterations}", refresh=False)
         self.bar.set_postfix_str(f"train_loss {loss:.4f}", refresh=False)
         self.bar.update(self.step_tokens)
         line = f"step:{step}/{self.hp.num_iterations} {self.times(step)} train_loss:{loss:.4f}"
@@ -1658,7 +1683,7 @@ class Log:
         self.flush()
         self.best = min(self.best, loss)
         self.line(f"step:{step}/{self.hp.num_iterations} val_loss:{loss:.4f} {self.times(step)}")
-        self.check(step, loss)
+        self.check(step, loss, validation=True)
 
     def save(self, step: int, state: dict):
         """Write a checkpoint, LOG_DIR/RUN_ID/step_*.pt, on process 0."""
@@ -1713,9 +1738,10 @@ class Log:
 
 
 def describe_run(hp: Hyperparameters, machine: Machine, train_loader, val_loader) -> tuple:
-    """Two dictionaries of facts: those that shape the curve, and all that the processes share.
+    """Two dictionaries: the facts that shape the loss curve, and all that processes have to share.
 
-    A resumed run has the former in common with the run before. Where files lie is no fact.
+    A resumed run has the former in common with the run before. Paths are left out, so that data may
+    be moved.
     """
     curve = dict(
         vocabulary=str(train_loader.vocab_size), activations=str(machine.activations(hp.dtype))
@@ -1740,24 +1766,31 @@ def open_data(hp: Hyperparameters, machine: Machine) -> tuple:
     share = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
     train_tokens = hp.num_iterations * hp.seqs_per_step * hp.train_seq_len
     train_loader = DistributedDataLoader(
-        hp.train_files, hp.train_seq_len, num_tokens=train_tokens, repeat=hp.repeat, **share
+        hp.train_files,
+        hp.train_seq_len,
+        num_tokens=train_tokens,
+        repeat=hp.repeat,
+        shuffle=hp.shuffle,
+        **share,
     )
     val_loader = DistributedDataLoader(
         hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **share
     )
-    if train_loader.vocab_size != val_loader.vocab_size:
-        raise UserError(
-            f"{train_loader.files[0]} has a vocabulary of {train_loader.vocab_size}, and "
-            f"{val_loader.files[0]} one of {val_loader.vocab_size}; use shards of one tokenizer."
-        )
+    for loader in (train_loader, val_loader):
+        for path, vocab_size in zip(loader.files, loader.vocab_sizes, strict=True):
+            if vocab_size != train_loader.vocab_size:
+                raise UserError(
+                    f"{path} has a vocabulary of {vocab_size}, and {train_loader.files[0]} one of "
+                    f"{train_loader.vocab_size}; use shards of one tokenizer."
+                )
     if machine.local_rank == 0:  # once a machine is enough
-        train_loader.check_tokens()
-        val_loader.check_tokens()
+        check_tokens(train_loader)
+        check_tokens(val_loader)
     return train_loader, val_loader
 
 
 def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
-    """The network as it runs fastest: one compiled graph on a GPU, as it is on a CPU."""
+    """The network as one compiled graph on a GPU; on a CPU the network itself."""
     if not machine.is_gpu:
         return network
     torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
@@ -1766,7 +1799,8 @@ def compiled(network: GPT, hp: Hyperparameters, machine: Machine):
 
 def warm_up(model, network: GPT, optimizers, hp: Hyperparameters, machine: Machine):
     """Compile and run every kernel on made-up tokens; then put everything back as it was."""
-    before = copy.deepcopy(snapshot(network, optimizers))
+    before = io.BytesIO()  # in the host's memory, where there is more room
+    torch.save(snapshot(network, optimizers), before)
     # The longest window: what fits now will always fit.
     window = set_schedule(optimizers, hp.num_iterations, hp, machine)
     ids = torch.randint(network.vocab_size, (hp.train_seq_len,), device=machine.device)
@@ -1779,13 +1813,14 @@ def warm_up(model, network: GPT, optimizers, hp: Hyperparameters, machine: Machi
     with torch.no_grad():
         model(ids.int(), ids, window)
     model.train()
-    restore(before, network, optimizers)
+    before.seek(0)
+    restore(torch.load(before, map_location="cpu"), network, optimizers)
 
 
 def out_of_memory(hp: Hyperparameters, machine: Machine) -> str:
     """The sentence for a GPU that is too small, with flags that need about half of the memory."""
     blocks = hp.train_seq_len // BLOCK
-    parts = 2 if blocks % 2 == 0 else blocks  # an odd number of blocks divides into single ones
+    parts = 2 if blocks % 2 == 0 else blocks  # an odd number of blocks is cut into single ones
     val_seq_len = next_multiple_of_n(hp.val_seq_len / parts, n=BLOCK)
     total = torch.cuda.get_device_properties(machine.device).total_memory
     return (
@@ -1829,7 +1864,7 @@ def sample(model: GPT, num_tokens: int, window: Tensor, seed: int) -> str:
 class Run:
     """What each process prepares by itself, before they meet.
 
-    Raises UserError where something is.
+    Raises UserError at the first thing that is missing or wrong.
     """
 
     def __init__(self, argv: list[str] | None):
@@ -1879,7 +1914,6 @@ def train(run: Run, signals: StopSignals) -> int:
     network = build_model(hp, run.train_loader.vocab_size, machine)
     optimizers = build_optimizers(network, hp, machine)
     model = compiled(network, hp, machine)
-    resumed = bool(start["path"])
     first = start["step"]
     last = first if hp.eval_only else hp.num_iterations
     with contextlib.closing(Log(hp, machine, run.train_loader, start)) as log:
@@ -1887,14 +1921,14 @@ def train(run: Run, signals: StopSignals) -> int:
         with log.clock_stopped():
             if not hp.eval_only:
                 warm_up(model, network, optimizers, hp, machine)
-            if resumed:
+            if start["path"]:
                 go_on_from(start, network, optimizers, run.train_loader)
                 log.line(f"resumed from step {first} of {start['path']}")
         signals.in_steps = not hp.eval_only
         for step in range(first, last + 1):
             window = set_schedule(optimizers, step, hp, machine)
-            validated = resumed and step == first and not hp.eval_only  # the run before did it
-            if due(step, hp.val_loss_every, last) and not validated:
+            # A run that is asked to stop does not validate first: batch systems are not patient.
+            if due(step, hp.val_loss_every, last) and (step == last or not log.stopping):
                 with log.clock_stopped():
                     loss = validate(model, run.val_loader, window, machine)
                 log.validation(step, loss)
@@ -1909,7 +1943,9 @@ def train(run: Run, signals: StopSignals) -> int:
             stops = torch.full_like(loss, signals.received > 0)
             log.step(step + 1, sum_over_processes(torch.stack([loss, stops])))
         log.flush()
+        signals.in_steps = False
         if step < last:
+            # Where another process got the signal, its number is not known here.
             return log.stopped(step, signals.received or signal.SIGTERM)
         if not hp.eval_only:
             log.report()
@@ -1932,8 +1968,8 @@ def main(argv: list[str] | None = None) -> int:
         sentence = str(error)
     except torch.OutOfMemoryError:
         sentence = out_of_memory(run.hp, run.machine)
-    # What all processes of a machine meet is said once: when the first ends, torchrun ends the
-    # others, while they wait here.
+    # What all processes of a machine meet is said by the first of them alone: when it has ended,
+    # torchrun ends the others, while they wait here.
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(10)
     say(sentence)

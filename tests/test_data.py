@@ -1,5 +1,6 @@
 """Shards, the loader against NumPy, and the exact mean of a validation."""
 
+import contextlib
 import dataclasses
 import os
 
@@ -91,6 +92,36 @@ def test_sequence_longer_than_all_shards_goes_around_more_than_once(shards):
     assert inputs.tolist() == [*tokens, *tokens, *tokens[:1000]]
 
 
+@pytest.mark.parametrize("seq_len", [1, 7, 128, 999, 1999])
+def test_shuffled_sequences_are_those_in_order_each_once_in_a_pass(shards, seq_len):
+    """The next pass has them in another order; targets beyond the run's last do not count."""
+    tokens = twins.all_tokens(shards)
+    in_a_pass = 1999 // seq_len
+    needed = 3 * in_a_pass * seq_len - 1
+    loader = Loader(shards, seq_len, num_tokens=needed, repeat=True, shuffle=True)
+    in_order = list(range(0, in_a_pass * seq_len, seq_len))
+    first, second = (
+        [loader.start_of(number * in_a_pass + index) for index in range(in_a_pass)]
+        for number in range(2)
+    )
+    assert sorted(first) == sorted(second) == in_order
+    if in_a_pass > 10:
+        assert in_order != first != second != in_order
+    for index in (0, in_a_pass // 2, in_a_pass - 1):
+        inputs, targets = loader.sequence(index)
+        assert inputs.tolist() == tokens[first[index] :][:seq_len].tolist()
+        assert targets.tolist() == tokens[first[index] + 1 :][:seq_len].tolist()
+    assert (loader.sequence(3 * in_a_pass - 1)[1] == -100).sum() == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_shuffled_sequences(shards, world_size):
+    options = dict(num_tokens=8 * 128, shuffle=True)
+    alone = take(shards, 128, 8, 1, **options)
+    together = take(shards, 128, 8 // world_size, world_size, **options)
+    assert [inputs.tolist() for inputs, _ in together] == [inputs.tolist() for inputs, _ in alone]
+
+
 def test_enough_tokens_are_one_more_than_the_run_predicts(shards):
     assert Loader(shards, 128, num_tokens=1999).num_tokens == 1999
 
@@ -168,9 +199,17 @@ def test_token_beyond_the_vocabulary_is_found(make_shard, tmp_path):
     make_shard("a.bin", [1, 2, 256])
     path = make_shard("b.bin", [0, 1, 2, 257, 4])
     with refusal(path, 257, 3):
-        Loader(str(tmp_path / "*.bin"), 1).check_tokens()
+        train_gpt.check_tokens(Loader(str(tmp_path / "*.bin"), 1))
     path.unlink()
-    Loader(str(tmp_path / "*.bin"), 1).check_tokens()
+    train_gpt.check_tokens(Loader(str(tmp_path / "*.bin"), 1))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_tokens_that_the_run_does_not_read_are_not_checked(shuffle, make_shard):
+    """Shuffled sequences may be of any of them."""
+    loader = Loader(str(make_shard("a.bin", [1, 2, 3, 257])), 1, num_tokens=2, shuffle=shuffle)
+    with refusal(257, 3) if shuffle else contextlib.nullcontext():
+        train_gpt.check_tokens(loader)
 
 
 def test_pattern_without_a_match_is_named(tmp_path):

@@ -1,10 +1,9 @@
-"""Draw five runs on tiny Shakespeare beside nanoGPT's: `python records/pictures/loss.py`.
+"""Draw the runs on tiny Shakespeare beside nanoGPT's: `python records/pictures/loss.py`.
 
 Reads the logs in records/tiny-shakespeare-cpu, and writes loss.svg beside this file. Needs
 matplotlib (records/requirements.txt).
 """
 
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -18,27 +17,17 @@ import compare
 
 LOGS = Path(__file__).resolve().parents[1] / "tiny-shakespeare-cpu"
 NANOGPT = 118, 1.9087  # seconds and validation loss; records/tiny-shakespeare-cpu/README.md
-STEP = re.compile(r"^step:\d+/\d+ train_time:(\d+)ms .*train_loss:([\d.]+)", re.MULTILINE)
-MEAN_OF = 20  # steps, for the loss of a single one tells more about its text than about the network
 GREY = "#7d8590"  # can be read on light and on dark pages
 BLUE, ORANGE = "#388bfd", "#f0883e"
-
-
-def training_losses(log: Path) -> tuple[list[float], list[float]]:
-    """Seconds and training losses of a run, each a mean over the last MEAN_OF steps."""
-    steps = [(int(ms) / 1000, float(loss)) for ms, loss in STEP.findall(log.read_text())]
-    seconds, losses = zip(*steps, strict=True)
-    means = [statistics.fmean(losses[i - MEAN_OF : i]) for i in range(MEAN_OF, len(losses) + 1)]
-    return list(seconds[MEAN_OF - 1 :]), means
 
 
 def draw(path: Path):
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
-    logs = sorted(LOGS.glob("seed_*.txt"))
-    for log in logs:
-        axes.plot(*training_losses(log), color=BLUE, alpha=0.6, linewidth=1)
-    runs = [compare.read_log(log) for log in logs]
+    runs = [compare.read_log(log) for log in sorted(LOGS.glob("seed_*.txt"))]
+    for run in runs:
+        curve = [(validation.seconds, validation.loss) for validation in run.validations]
+        axes.plot(*zip(*curve, strict=True), color=BLUE, alpha=0.6, linewidth=1)
     seconds = statistics.fmean(run.seconds for run in runs)
     loss = statistics.fmean(run.loss for run in runs)
     spread = statistics.stdev(run.loss for run in runs)
@@ -50,11 +39,9 @@ def draw(path: Path):
     theirs = f"nanoGPT's example for CPUs:\n{NANOGPT[1]:.3f} after {NANOGPT[0]} s"
     style = dict(textcoords="offset points", ha="right", color=ORANGE)
     axes.annotate(theirs, NANOGPT, (0, 12), **style)
-    lines = f"lines: training loss, mean of {MEAN_OF} steps; it goes up and down with the text"
-    axes.annotate(lines, (4, 2.5), (6, 0), textcoords="offset points", color=BLUE)
-    axes.set(xlim=(0, 125), ylim=(1.5, 3.1))
+    axes.set(xlim=(0, 125), ylim=(1.7, 3.6))
     axes.set_xlabel("seconds of training on two CPU cores", color=GREY)
-    axes.set_ylabel("nats per character", color=GREY)
+    axes.set_ylabel("validation loss, nats per character", color=GREY)
     axes.tick_params(colors=GREY)
     axes.grid(color=GREY, alpha=0.2)
     for side, spine in axes.spines.items():
