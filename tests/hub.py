@@ -78,9 +78,6 @@ class Hub:
         files = self.files.items()
         return {name: body for name, body in files if "val" in name or int(name[-10:-4]) <= count}
 
-    def sizes(self) -> dict[str, int]:
-        return {name: len(body) for name, body in self.files.items()}
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection to one of the hub's servers."""
@@ -124,9 +121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A page of the list of files, with a link to the next one where there is one."""
         hub = self.server.hub
         if fault == "html":
-            return self.reply(
-                200, b"<html>Welcome to our wireless</html>", Content_Type="text/html"
-            )
+            return self.reply(200, b"<html>Welcome</html>", Content_Type="text/html")
         names = sorted(hub.files)
         start = int(re.search(r"cursor=(\d+)", query)[1]) if "cursor=" in query else 0
         end = start + hub.page
