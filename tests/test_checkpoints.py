@@ -200,7 +200,10 @@ def test_clock_stands_still_while_saving(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 4, 7, 11, 12])
 def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, copied):
-    """Log, checkpoints and sample, from any step on. Without --run_id it is the checkpoint's."""
+    """Log, checkpoints and sample, from any step on. Without --run_id it is the checkpoint's.
+
+    It validates where it begins, if that is due there, for the run before may not have done so.
+    """
     folder = copied(step)
     before = (folder / "run.txt").read_text()
     path = checkpoint(folder, step)
@@ -210,7 +213,8 @@ def test_resumed_run_is_the_one_that_was_not_interrupted(step, train, whole, cop
     assert saved_steps(folder) == list(range(step, 13))
     for later in range(step, 13):
         assert_same_checkpoint(checkpoint(folder, later), checkpoint(whole, later))
-    assert without_times(out.splitlines()) == steps(whole, after=step)
+    due = [line for line in steps(whole) if line.startswith(f"step:{step}/12 val_loss")]
+    assert without_times(out.splitlines()) == due + steps(whole, after=step)
     log = (folder / "run.txt").read_text()
     added = log.removeprefix(before)
     assert added.startswith(SCRIPT.read_text()) and log.startswith(before)
@@ -310,9 +314,10 @@ def test_eval_only_validates_a_checkpoint(step, flags, train, whole, copied, mon
 # What is damaged, or of another run; and ends before the last step
 
 # Another value of each setting that shapes the curve.
-SHAPING = """train_seq_len 256, seqs_per_step 4, repeat False, num_layers 8, num_heads 2, seed 1,
-head_dim 32, model_dim 32, attention_free_layers 1, num_iterations 13, cooldown_frac 0.5,
-max_window 128, embed_lr 0.16, head_lr 0.005, scalar_lr 0.03, muon_lr 0.04, fp8 none"""
+SHAPING = """train_seq_len 256, seqs_per_step 4, repeat False, shuffle False, num_layers 8,
+num_heads 2, seed 1, head_dim 32, model_dim 32, attention_free_layers 1, num_iterations 13,
+cooldown_frac 0.5, max_window 128, embed_lr 0.16, head_lr 0.005, scalar_lr 0.03, muon_lr 0.04,
+fp8 none"""
 SHAPING = dict(pair.split() for pair in SHAPING.split(","))
 REFUSED = {
     "--eval_only true": ["--resume"],
@@ -473,12 +478,17 @@ def test_no_change_of_a_shards_header_or_length_is_trained_on(train, copied, tmp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
 def test_signal_ends_the_run_after_the_step(number, step, train, whole, tmp_path, monkeypatch):
-    """With a checkpoint and the flag that goes on from there. In the last step it is too late."""
+    """With a checkpoint and the flag that goes on from there, and before it validates.
+
+    In the last step it is too late.
+    """
     in_step(monkeypatch, step, number)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     said = train(tmp_path, 128 + number if step < 12 else 0, save_every=100)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert steps(tmp_path) == steps(whole, until=step)
+    left_out = "step:4/12 val_loss" if step == 4 else "none"
+    expected = [line for line in steps(whole, until=step) if not line.startswith(left_out)]
+    assert steps(tmp_path) == expected
     assert saved_steps(tmp_path) == [step]
     monkeypatch.undo()
     if step < 12:
@@ -517,10 +527,9 @@ def test_tokens_across_shards_are_in_all_of_these(step, found, train, tmp_path, 
     """However short one is; and after the last token, the 1,250th, the first comes again."""
     files = machine_with_shards(tmp_path / "short", (700, 50, 500))
     in_step(monkeypatch, step, factor=math.nan)
-    said = train(tmp_path, 2, **files, val_loss_every=0)
-    sequences = f"sequences {2 * step - 2} to {2 * step - 1}"
-    tokens = f"tokens {(step - 1) * 256} to {step * 256 - 1}"
-    for words in (f"step {step} ", sequences, tokens, "the last checkpoint: none"):
+    said = train(tmp_path, 2, **files, shuffle=False, val_loss_every=0)
+    tokens = f"begin at tokens [{(step - 1) * 256}, {(step - 1) * 256 + 128}]"
+    for words in (f"step {step} ", tokens, "the last checkpoint: none"):
         assert words in said
     assert re.findall(r"train_(\d).bin", said) == list(found)
 
@@ -605,7 +614,9 @@ def test_run_that_goes_on_with_another_number_of_processes(processes, forks, tmp
     several.until(lambda: newest(folder) >= 20).send(signal.SIGKILL).end()
     resume = checkpoint(folder / "logs", newest(folder))
     again = run_to_the_end(forks, tmp_path / "again", resume=resume, **settings)
-    found = losses(steps(folder / "logs", until=newest(folder)) + steps(again))
+    found = losses(
+        steps(folder / "logs", until=newest(folder)) + steps(again, after=newest(folder))
+    )
     expected = losses(steps(alone, after=5))
     assert found == pytest.approx(expected, abs=1.5e-4, rel=0)
     assert len(expected) == 35 + 9 and expected[-1] < expected[0] - 0.5
