@@ -450,12 +450,13 @@ class CastedLinear(nn.Module):
         bound = 3**0.5 * 0.5 * in_features**-0.5
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(..., in_features) to (..., out_features), with the weight multiplied by `scale` first.
 
         Leading dimensions of the weight count as rows.
         """
-        weight = (self.weight * scale).flatten(0, -2)
+        weight = self.weight if scale is None else self.weight * scale
+        weight = weight.flatten(0, -2)
         if self.use_fp8 and self.training and fp8_supported(x.device):
             out, *_ = torch.ops.nanogpt.mm(x.flatten(0, -2), weight, *self.scales)
             return out.view(*x.shape[:-1], -1).type_as(x)

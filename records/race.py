@@ -1,6 +1,6 @@
 """Does an idea help? Run versions of train_gpt.py against each other, and say what that shows.
 
-    python records/race.py my_idea.py --base main --seeds 8 --preset tiny --num_iterations 230
+    python records/race.py my_idea.py --base main --seeds 8 --preset tiny --num_iterations 130
     python records/race.py --base HEAD --preset tiny         # what is changed in the working tree
     python records/race.py a.py b.py my-branch --base main --at 1.9 --plot --preset tiny
 
