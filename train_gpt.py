@@ -1726,7 +1726,8 @@ class Log:
             f"passes over the training tokens: {passes:.2f}, lowest validation loss {self.best:.4f}"
         )
         self.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-        self.line(f"log: {self.path} (to draw it: python records/compare.py {self.path} --plot)")
+        self.line(f"log: {self.path}")
+        self.line(f"to plot it: python records/compare.py {self.path} --plot")
 
     def close(self):
         self.bar.close()

@@ -303,6 +303,7 @@ def test_run_ends_with_a_sample(whole_run):
 
 
 def test_log_without_a_sample_ends_with_the_peak_memory_and_its_own_path(run, tmp_path):
-    *_, peak, path = run()
+    *_, peak, path, plot = run()
     assert PEAK.fullmatch(peak)
-    assert path.startswith(f"log: {tmp_path / 'run0.txt'} ")
+    assert path == f"log: {tmp_path / 'run0.txt'}"
+    assert plot == f"to plot it: python records/compare.py {tmp_path / 'run0.txt'} --plot"
