@@ -517,9 +517,9 @@ class CausalSelfAttention(nn.Module):
         one = torch.ones_like(self.lambdas[0])
         scale = torch.stack([one, one, self.lambdas[0]])
         qkv = self.qkv(x, scale.view(3, 1, 1))
-        q, k, v = qkv.view(*x.shape[:2], 3 * self.num_heads, self.head_dim).chunk(3, dim=2)
-        q = self.rotary(norm(q))
-        k = self.rotary(norm(k))
+        qkv = qkv.view(*x.shape[:2], 3 * self.num_heads, self.head_dim)
+        qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
+        q, k = self.rotary(norm(qk)).chunk(2, dim=2)
         if ve is not None:
             v = v + self.lambdas[1] * ve.view_as(v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
