@@ -1090,7 +1090,8 @@ def block_sparse_plan(block_mask: BlockMask) -> tuple[Tensor, Tensor]:
         seen = block_mask.to_dense()[0, 0].bool()
         listed, blocks = seen.sort(dim=-1, descending=True, stable=True)
         most = int(listed.sum(-1).max())
-        listed, blocks = listed[:, :most], blocks[:, :most]
+        listed = listed[:, :most]
+        blocks = blocks[:, :most]
         token = torch.arange(len(blocks) * BLOCK, dtype=torch.int32).view(-1, BLOCK)
         queries = token[:, :, None, None]
         keys = token[blocks][:, None]
@@ -1403,7 +1404,8 @@ def end_unanswered():
 def compare_facts(one: str, facts: dict, other: str, expected: dict, advice: str):
     """Raise UserError at the first name whose facts differ: `facts` of `one`, and of `other`."""
     for name in expected | facts:
-        found, wanted = facts.get(name), expected.get(name)
+        found = facts.get(name)
+        wanted = expected.get(name)
         if found != wanted:
             raise UserError(f"{one} has {name} {found}, and {other} has {wanted}; {advice}.")
 
@@ -1912,7 +1914,9 @@ def due(step: int, every: int, last: int) -> bool:
 
 def train(run: Run, signals: StopSignals) -> int:
     """Train, or only validate. Returns the exit code: 0, or that of the signal that ended it."""
-    hp, machine, start = run.hp, run.machine, run.start
+    hp = run.hp
+    machine = run.machine
+    start = run.start
     network = build_model(hp, run.train_loader.vocab_size, machine)
     optimizers = build_optimizers(network, hp, machine)
     model = compiled(network, hp, machine)
