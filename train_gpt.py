@@ -1041,7 +1041,7 @@ class GPT(nn.Module):
         max_seq_len: int,
         *,
         attention_free_layer: int = 7,
-        fp8: str = "head",
+        fp8: str = "none",
         dtype: torch.dtype = torch.bfloat16,
         train_seq_len: int | None = None,
     ):
