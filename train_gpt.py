@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import signal
@@ -64,92 +65,80 @@ def next_multiple_of_n(v: float, *, n: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Settings: each field of Hyperparameters is a flag. Schedules are functions of the step.
-
-
-def setting(default, meaning: str, compare: bool = True, **limits):
-    """A field with its meaning, and its limits: min (default 0), max, multiple_of, choices."""
-    metadata = dict(meaning=meaning, **limits)
-    return dataclasses.field(default=default, compare=compare, metadata=metadata)
-
-
-# A setting that does not affect the weights, so that it may change when a run is resumed.
-free_setting = functools.partial(setting, compare=False)
+# Settings, which are the flags, and schedules, which are functions of the step
 
 
 @dataclasses.dataclass
 class Hyperparameters:
-    """All settings of a run. The defaults are the speedrun."""
+    """All settings of a run. The defaults are the speedrun; the comments are the flags' help."""
 
     # The network
-    num_layers: int = setting(12, "layers", min=6)
-    num_heads: int = setting(6, "attention heads", min=1)
-    head_dim: int = setting(128, "channels of a head", min=16, multiple_of=16)
-    model_dim: int = setting(768, "channels of the residual stream", min=16, multiple_of=16)
-    attention_free_layer: int = setting(7, "the layer without attention; num_layers: none")
-    max_window: int = setting(
-        1792, "final attention window, in tokens", min=BLOCK, multiple_of=BLOCK
-    )
-    fp8: str = setting(
-        "head", "matmuls in FP8 on GPUs that support it", choices=("none", "head", "all")
-    )
-    dtype: str = setting(
-        "auto",
-        "dtype of the activations; auto: the fastest",
-        choices=("auto", "bfloat16", "float32"),
-    )
+    num_layers: int = 12  # layers
+    num_heads: int = 6  # attention heads
+    head_dim: int = 128  # channels of a head
+    model_dim: int = 768  # channels of the residual stream
+    attention_free_layer: int = 7  # the layer without attention; num_layers for none
+    max_window: int = 1792  # attention window at the end of training, in tokens
+    fp8: str = "head"  # matmuls in FP8 on GPUs that support it: none, head or all
     # Training
-    train_seq_len: int = setting(
-        48 * 1024, "tokens of a training sequence, one micro-step", min=BLOCK, multiple_of=BLOCK
-    )
-    seqs_per_step: int = setting(
-        8, "sequences of the global batch, which the processes share", min=1
-    )
-    num_iterations: int = setting(1770, "steps", min=1)
-    cooldown_frac: float = setting(
-        0.4, "fraction of the steps over which learning rates decay", min=1e-6, max=1
-    )
-    embed_lr: float = setting(0.6, "learning rate of the embeddings (Adam)")
-    head_lr: float = setting(0.008, "learning rate of the head (Adam)")
-    scalar_lr: float = setting(0.04, "learning rate of the scalars (Adam)")
-    muon_lr: float = setting(0.05, "learning rate of the hidden matrices (Muon)")
-    seed: int = setting(0, "seed of the weights and of the sample", max=2**63 - 1)
-    repeat: bool = setting(False, "start again when the training tokens are used up")
-    shuffle: bool = setting(False, "take the training sequences in a random order")
+    train_seq_len: int = 48 * 1024  # tokens of a training sequence, one micro-step
+    seqs_per_step: int = 8  # sequences of the global batch, which the processes share
+    num_iterations: int = 1770  # steps
+    cooldown_frac: float = 0.4  # fraction of the steps over which learning rates decay
+    embed_lr: float = 0.6  # learning rate of the embeddings (Adam)
+    head_lr: float = 0.008  # learning rate of the head (Adam)
+    scalar_lr: float = 0.04  # learning rate of the scalars (Adam)
+    muon_lr: float = 0.05  # learning rate of the hidden matrices (Muon)
+    repeat: bool = False  # start again when the training tokens are used up
+    shuffle: bool = False  # take the training sequences in a random order
+    seed: int = 0  # seed of the weights and of the sample
+    dtype: str = "auto"  # of the activations: bfloat16, float32, or auto for the faster one
     # Data
-    train_files: str = free_setting(
-        f"{DATA}/fineweb10B/fineweb_train_*.bin", "training shards, a quoted glob"
-    )
-    val_files: str = free_setting(
-        f"{DATA}/fineweb10B/fineweb_val_*.bin", "validation shards, a quoted glob"
-    )
-    val_tokens: int = free_setting(10485760, "tokens to validate on; 0 for all")
-    val_seq_len: int = free_setting(
-        256 * 1024, "tokens of a validation sequence", min=BLOCK, multiple_of=BLOCK
-    )
+    train_files: str = f"{DATA}/fineweb10B/fineweb_train_*.bin"  # training shards, a quoted glob
+    val_files: str = f"{DATA}/fineweb10B/fineweb_val_*.bin"  # validation shards, a quoted glob
+    val_tokens: int = 10485760  # tokens to validate on; 0 for all
+    val_seq_len: int = 256 * 1024  # tokens of a validation sequence
     # Log and checkpoints
-    val_loss_every: int = free_setting(125, "steps between validations; 0 for the last only")
-    sample: int = free_setting(0, "maximum number of tokens to sample after training")
-    log_dir: str = free_setting("logs", "folder of the log, LOG_DIR/RUN_ID.txt")
-    run_id: str = free_setting("", "name of the run; empty: made from the time")
-    save_every: int = free_setting(
-        0, "steps between checkpoints, LOG_DIR/RUN_ID/step_*.pt; 0: none"
-    )
-    keep: int = free_setting(2, "number of checkpoints to keep", min=1)
-    resume: str = free_setting("", "checkpoint to resume, or auto for the newest valid one, if any")
+    val_loss_every: int = 125  # steps between validations; 0 for the last only
+    sample: int = 0  # maximum number of tokens to sample after training
+    log_dir: str = "logs"  # folder of the log, LOG_DIR/RUN_ID.txt
+    run_id: str = ""  # name of the run; empty: made from the time
+    save_every: int = 0  # steps between checkpoints, LOG_DIR/RUN_ID/step_*.pt; 0 for none
+    keep: int = 2  # number of checkpoints to keep
+    resume: str = ""  # checkpoint to resume, or auto for the newest valid one, if there is one
 
     def check(self):
         """Raise UserError at the first setting that cannot be right."""
-        for field in dataclasses.fields(self):
-            check_limits(field.name, getattr(self, field.name), **field.metadata)
+        for name, value in vars(self).items():
+            if not isinstance(value, str):
+                self.require(0 <= value < 2**63, name, "a number from 0 to 2**63")
+        for name in ("num_heads", "seqs_per_step", "num_iterations", "cooldown_frac", "keep"):
+            self.require(getattr(self, name) > 0, name, "positive")
+        for name, unit in (
+            ("head_dim", 16),
+            ("model_dim", 16),
+            ("max_window", BLOCK),
+            ("train_seq_len", BLOCK),
+            ("val_seq_len", BLOCK),
+        ):
+            value = getattr(self, name)
+            self.require(value > 0 and value % unit == 0, name, f"a positive multiple of {unit}")
+        self.require(self.num_layers >= 6, "num_layers", "at least 6")
+        self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
+        self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
+        dtypes = ("auto", "bfloat16", "float32")
+        self.require(self.dtype in dtypes, "dtype", "auto, bfloat16 or float32")
+
+    def require(self, condition, name, rule):
+        if not condition:
+            raise UserError(f"--{name} is {getattr(self, name)}; it has to be {rule}.")
 
 
-def check_limits(name, value, min=0, max=math.inf, multiple_of=None, **_):
-    if isinstance(value, (int, float)) and not min <= value <= max:
-        raise UserError(f"--{name} is {value}; it has to be from {min} to {max}.")
-    if multiple_of and value % multiple_of:
-        raise UserError(f"--{name} is {value}; it has to be a multiple of {multiple_of}.")
-
+# Settings that do not affect the weights, and may change when a run is resumed.
+FREE_SETTINGS = {
+    *("train_files", "val_files", "val_tokens", "val_seq_len", "val_loss_every", "sample", "dtype"),
+    *("log_dir", "run_id", "save_every", "keep", "resume"),
+}
 
 PRESETS = {
     "speedrun": {},  # 124M parameters as GPT-2 counts them
@@ -1452,6 +1441,7 @@ def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperpa
         choices=recipe.PRESETS,
         help="settings to start from (speedrun)",
     )
+    meanings = dict(re.findall(r"^    (\w+): \w+ = .+  # (.+)$", recipe.SOURCE, re.MULTILINE))
     for field in dataclasses.fields(recipe.Hyperparameters):
         values = [str(field.default)]
         values += [f"{n} {p[field.name]}" for n, p in recipe.PRESETS.items() if field.name in p]
@@ -1459,9 +1449,8 @@ def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperpa
         parser.add_argument(
             f"--{field.name}",
             type=parse_bool if field.type is bool else field.type,
-            choices=field.metadata.get("choices"),
             metavar="X",
-            help=f"{field.metadata['meaning']} ({', '.join(values)})",
+            help=f"{meanings.get(field.name)} ({', '.join(values)})",
             **optional,
         )
     given = vars(parser.parse_args(argv))
@@ -1578,7 +1567,7 @@ def train(hp, preset, recipe):
     check_work(hp, sequences, machine)
     train_loader, val_loader = recipe.open_loaders(hp, machine)
     check_shards(train_loader, val_loader)
-    config = {f.name: getattr(hp, f.name) for f in dataclasses.fields(hp) if f.compare}
+    config = {name: value for name, value in vars(hp).items() if name not in FREE_SETTINGS}
     config |= dict(activations=str(machine.dtype), train_shards=train_loader.summary())
     checkpoint, state = find_checkpoint(hp, config)
     first = state.get("step", 0)
