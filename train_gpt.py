@@ -1271,13 +1271,14 @@ class Log:
         try:
             self.file.write(text + "\n")
             self.file.flush()
-            if shown:
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
         except OSError as error:
             if self.complete:
                 warn(f"a line of the log is lost ({error.strerror}); training continues.")
             self.complete = False
+        if shown:
+            with contextlib.suppress(OSError):  # such as a closed pipe
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1295,7 +1296,7 @@ def gather_state(optimizer, machine):
     known = [set(state_dict["state"])]
     dist.broadcast_object_list(known, src=0)
     missing = {
-        number: {name: torch.as_tensor(value).cpu() for name, value in entry.items()}
+        number: {k: v.cpu() if torch.is_tensor(v) else v for k, v in entry.items()}
         for number, entry in state_dict["state"].items()
         if number not in known[0]
     }
@@ -1398,7 +1399,9 @@ def load_state(state, network, optimizers):
             for number, entry in state_dict["state"].items():
                 # load_state_dict rounds state to the dtype of its parameter.
                 loaded = optimizer.state.get(parameters[number], {})
-                loaded |= {name: entry[name].to(t.device) for name, t in loaded.items()}
+                for name, value in loaded.items():
+                    if torch.is_tensor(value):
+                        loaded[name] = entry[name].to(value.device)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"the checkpoint is of another network ({type(error).__name__}); resume it with the "
@@ -1560,6 +1563,8 @@ def train(hp, preset, recipe):
     Returns the exit code: 0, or 128 + N after a stop by signal N, or 1 where the log or the last
     checkpoint could not be written. Raises UserError at the first thing that is missing or wrong.
     """
+    hp.log_dir = os.path.expanduser(hp.log_dir)
+    hp.resume = os.path.expanduser(hp.resume)
     configure_torch(recipe.SOURCE)
     machine = detect_machine(hp.dtype)
     last = hp.num_iterations
@@ -1571,16 +1576,17 @@ def train(hp, preset, recipe):
     config |= dict(activations=str(machine.dtype), train_shards=train_loader.summary())
     checkpoint, state = find_checkpoint(hp, config)
     first = state.get("step", 0)
-    resumed_id = state.get("run_id")
-    run_id = hp.run_id or resumed_id or time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
-    folder = Path(hp.log_dir).expanduser() / run_id  # of the checkpoints
-    if run_id != resumed_id and machine.rank == 0 and any(folder.glob(CHECKPOINT_FILES)):
+    new_id = time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
+    run_id = hp.run_id or state.get("run_id", new_id)
+    folder = Path(hp.log_dir) / run_id  # of the checkpoints
+    continues = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    if not continues and machine.rank == 0 and any(folder.glob(CHECKPOINT_FILES)):
         raise UserError(
             f"{folder} holds checkpoints of an earlier run; choose another --run_id, or continue "
             "that run with --resume auto."
         )
-    new = run_id != resumed_id and hp.resume != "auto"
-    log = Log(folder.with_name(f"{run_id}.txt") if machine.rank == 0 else None, new)
+    new = not continues and hp.resume != "auto"
+    log = Log(Path(f"{folder}.txt") if machine.rank == 0 else None, new)
     facts = config | dict(
         script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
         torch=torch.__version__,
