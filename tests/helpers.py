@@ -161,7 +161,7 @@ class Processes:
         """Wait for the end. Returns the exit codes; that of a signal is negative."""
         begin = time.monotonic()
         while any(process.is_alive() for process in self.processes):
-            failed = any(process.exitcode for process in self.processes)
+            failed = any(process.exitcode in (1, 2) for process in self.processes)
             late = time.monotonic() - begin > LIMIT
             for process in self.processes:
                 if (failed or late) and process.is_alive():
