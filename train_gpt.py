@@ -408,8 +408,13 @@ def find_shards(pattern: str) -> list[str]:
 
 def read_header(path: str) -> tuple[int, int]:
     """A shard's number of tokens and its vocabulary size. Raises UserError where it is corrupt."""
-    size = os.path.getsize(path) - HEADER_BYTES
-    header = np.zeros(256, "<i4") if size < 0 else np.fromfile(path, "<i4", 256)
+    try:
+        size = os.path.getsize(path) - HEADER_BYTES
+        header = np.zeros(256, "<i4") if size < 0 else np.fromfile(path, "<i4", 256)
+    except OSError as error:
+        raise UserError(
+            f"the shard {path} cannot be read ({error.strerror}); change --train_files or --val_files."
+        ) from None
     magic, version, num_tokens, vocab_size = header[:4].tolist()
     vocab_size = vocab_size or GPT2_VOCAB  # 0 in the public shards
     known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
@@ -1030,7 +1035,7 @@ class GPT(nn.Module):
         max_seq_len: int,
         *,
         attention_free_layer: int = 7,
-        fp8: str = "head",
+        fp8: str = "none",
         dtype: torch.dtype = torch.bfloat16,
         train_seq_len: int | None = None,
     ):
