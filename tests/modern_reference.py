@@ -178,9 +178,7 @@ def logits(weights, ids, boundary, windows, frequencies, scale):
             ve = None
             if i in VALUE_TABLE:
                 ve = weights[f"value_embeds.{VALUE_TABLE[i]}.weight"][ids]
-            x = x + attention_of_layer(
-                weights, i, n(x), ve, document, windows, frequencies, scale
-            )
+            x = x + attention_of_layer(weights, i, n(x), ve, document, windows, frequencies, scale)
         hidden = torch.relu(n(x) @ weights[f"mlps.{i}.c_fc.weight"].T) ** 2
         x = x + hidden @ weights[f"mlps.{i}.c_proj.weight"].T
         after.append(x)
@@ -313,7 +311,9 @@ class Reference:
         for name in self.weights.keys() - matrices:
             if not (tied and name == embed):
                 lr, *others = adam_settings(name)
-                adam(self.weights[name], self.gradients[name], self.states[name], lr * rate, *others)
+                adam(
+                    self.weights[name], self.gradients[name], self.states[name], lr * rate, *others
+                )
             self.gradients[name].zero_()
         if tied:
             self.weights[embed].copy_(self.weights[head])

@@ -88,6 +88,7 @@ PRESETS = {
     "speedrun": SPEEDRUN,
     "tiny": train_gpt.PRESETS["tiny"]
     | dict(  # the steps have 1, 2 and 3 thousand tokens
+        num_layers=11,
         attention_free_layers=(6,),
         train_seq_len=512,
         cooldown_frac=0.55,
@@ -310,16 +311,17 @@ def adam_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, numbers: Tensor):
     p.copy_(p - update - decay * p * (update * p > 0))
 
 
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """One kernel for tensors of any size, instead of a dozen with their temporaries."""
+    return torch.compile(function, dynamic=True)
+
+
 class CautiousAdam(torch.optim.Optimizer):
     """Adam with cautious weight decay, of parameters with a gradient. Its moments are float32.
 
     A group has lr, betas, decay (in squares of lr), and t, the number of its next step.
-    compiled: one kernel for a tensor of any size, instead of a dozen and their temporaries.
     """
-
-    def __init__(self, groups: list[dict], compiled: bool):
-        super().__init__(groups, dict(t=1))
-        self.update = torch.compile(adam_update, dynamic=True) if compiled else adam_update
 
     @torch.no_grad()
     def step(self):
@@ -335,7 +337,8 @@ class CautiousAdam(torch.optim.Optimizer):
                     zeros = torch.zeros_like(p, dtype=numbers.dtype)
                     self.state[p] = dict(m=zeros, v=zeros.clone())
                 tensors = p, p.grad, self.state[p]["m"], self.state[p]["v"]
-                self.update(*(t.view(-1) for t in tensors), numbers)
+                update = compiled(adam_update) if p.is_cuda else adam_update
+                update(*(t.view(-1) for t in tensors), numbers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -568,7 +571,7 @@ def build_optimizers(model: GPT, hp: Hyperparameters, machine: train_gpt.Machine
         world_size=machine.world_size,
         dtype=machine.dtype,
     )
-    return [CautiousAdam(groups, compiled=machine.is_gpu), muon]
+    return [CautiousAdam(groups, dict(t=1)), muon]
 
 
 def set_schedule(optimizers, step: int, hp: Hyperparameters, machine: train_gpt.Machine):
@@ -627,7 +630,7 @@ def training_step(
         head.grad += embed.grad
         embed.grad = None
     parameters = model.parameters() if adam_steps else muon.owner
-    result = train_gpt.sum_gradients(list(parameters), muon.owner, result, machine)
+    result = train_gpt.sum_gradients(parameters, muon.owner, result, machine)
     muon.step()
     muon.zero_grad()
     if adam_steps:
