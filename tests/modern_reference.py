@@ -1,4 +1,4 @@
-"""Reference implementation of the modern recipe: plain float64, dense attention, one sequence and one matrix at a time.
+"""Reference implementation of the modern recipe: plain, dense, one matrix at a time.
 
 It is written from the description of the recipe and shares no line with the script. `weights` are
 a network's tensors by name, as in its state_dict.
@@ -321,7 +321,7 @@ class Reference:
             self.states[embed] = dict(self.states[head])
 
     def muon_step(self, name, lr, mu):
-        """The matrices of a weight one by one. Neurons are the rows, or the columns of a wide one."""
+        """Its matrices one by one. Neurons are rows, or the columns of a wide matrix."""
         weight, gradient = self.weights[name], self.gradients[name]
         rows, columns = weight.shape[-2:]
         second = name.startswith("mlps") and name.endswith("c_proj.weight")

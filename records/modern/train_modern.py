@@ -27,9 +27,9 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import train_gpt  # noqa: E402
-from train_gpt import BLOCK, CastedLinear, UserError, norm, setting  # noqa: E402
+from train_gpt import BLOCK, CastedLinear, UserError, norm  # noqa: E402
 
-SOURCE = Path(__file__).read_text(encoding="utf-8") + train_gpt.SOURCE
+SOURCE = train_gpt.SOURCE + Path(__file__).read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -38,90 +38,78 @@ SOURCE = Path(__file__).read_text(encoding="utf-8") + train_gpt.SOURCE
 
 @dataclasses.dataclass
 class Hyperparameters(train_gpt.Hyperparameters):
-    """The settings of train_gpt.py, and those of this recipe's ideas."""
+    """The settings of train_gpt.py with other defaults, and those of this recipe's ideas."""
 
-    num_layers: int = setting(11, "layers", min=9)
-    fp8: str = setting(
-        "head",
-        "matmul of the head in FP8 where the GPU supports it: none or head",
-        choices=("none", "head"),
-    )
-    key_offset: bool = setting(
-        True, "layers with the long window: half of each key is the previous token's"
-    )
-    paired_heads: tuple = setting(
-        (0, 2, 5, 9), "layers whose heads attend to each other's keys, or none"
-    )
-    bigrams: int = setting(5, "size of the bigram table in vocabularies; 0: no table")
-    smear: bool = setting(True, "add a part of the previous embedding to each one")
-
-    growing_batch: bool = setting(
-        True, "2 and 3 times seqs_per_step in the second and last third of the schedule"
-    )
-    predict: int = setting(3, "number of next tokens to predict", min=1, max=3)
-    normuon: bool = setting(True, "normalize the update of each neuron")
-    decay: float = setting(1.0, "factor of all cautious weight decays")
-    pack: bool = setting(True, "training sequences of documents from their start")
-    max_document: int = setting(2048, "tokens of a document when packed", min=1)
+    # The network
+    num_layers: int = 11  # layers
+    attention_free_layer: int = 6  # the layer without attention; num_layers for none
+    max_window: int = 13 * BLOCK  # attention window at the end of training, in tokens
+    fp8: str = "head"  # matmul of the head in FP8 on GPUs that support it: none or head
+    key_offset: bool = True  # layers with the long window: half a key is the previous token's
+    paired_heads: bool = True  # in four layers, each head attends to another one's keys, too
+    bigrams: int = 5  # size of the bigram table in vocabularies; 0 for none
+    smear: bool = True  # add a part of the previous embedding to each one
+    # Training
+    train_seq_len: int = 16 * 1024  # tokens of a training sequence, one micro-step
+    num_iterations: int = 1600  # steps, of which the last fortieth follows the schedule
+    cooldown_frac: float = 0.55  # fraction of the schedule over which learning rates decay
+    embed_lr: float = 0.6  # learning rate of value and bigram embeddings (Adam)
+    head_lr: float = 0.008  # learning rate of the head and its embedding (Adam)
+    scalar_lr: float = 0.04  # learning rate of the scalars; gates have parts of it (Adam)
+    muon_lr: float = 0.023  # learning rate of the hidden matrices (NorMuon)
+    growing_batch: bool = True  # 2 and 3 times seqs_per_step in the schedule's later thirds
+    predict: int = 3  # number of next tokens to predict at first, up to 3
+    normuon: bool = True  # normalize the update of each neuron
+    decay: float = 1.0  # factor of all cautious weight decays
+    # Data
+    pack: bool = True  # training sequences consist of documents from their start
+    max_document: int = 2048  # tokens of a document when packed
 
     def check(self):
-        """Raise UserError where settings contradict each other."""
+        """Raise UserError at the first setting that cannot be right."""
         super().check()
-        can_pair = set(range(self.num_layers)) - set(self.attention_free_layers)
-        can_pair -= set(long_layers(self))
-        if not can_pair.issuperset(self.paired_heads) or (self.paired_heads and self.num_heads % 2):
-            raise UserError(
-                f"--paired_heads is {self.paired_heads}; it needs an even --num_heads, and layers "
-                f"that attend in the short window: {sorted(can_pair)}."
-            )
+        self.require(self.num_layers >= 11, "num_layers", "at least 11")
+        self.require(self.fp8 != "all", "fp8", "none or head")
+        even = self.num_heads % 2 == 0
+        self.require(even or not self.paired_heads, "num_heads", "even for --paired_heads")
+        self.require(1 <= self.predict <= 3, "predict", "1, 2 or 3")
+        self.require(self.max_document > 0, "max_document", "positive")
 
 
-SPEEDRUN = dict(
-    attention_free_layers=(6,),
-    max_window=13 * BLOCK,
-    train_seq_len=16 * 1024,
-    num_iterations=1600,
-    cooldown_frac=0.55,
-    muon_lr=0.023,
-)
 PRESETS = {
-    "speedrun": SPEEDRUN,
+    "speedrun": {},
     "tiny": train_gpt.PRESETS["tiny"]
     | dict(  # the steps have 1, 2 and 3 thousand tokens
         num_layers=11,
-        attention_free_layers=(6,),
+        attention_free_layer=6,
         train_seq_len=512,
         cooldown_frac=0.55,
+        muon_lr=0.016,
         pack=False,  # few long texts: packing would leave most of their tokens out
     ),
 }
 
 
-def long_layers(hp: Hyperparameters) -> tuple[int, int]:
-    """The layers with the long window. The others have half of it."""
-    return 3, hp.num_layers - 1
-
-
-def scheduled_steps(hp: Hyperparameters) -> int:
+def scheduled_steps(hp):
     """Number of steps of the schedule. The last fortieth of the run comes after them."""
     return hp.num_iterations - hp.num_iterations // 40
 
 
-def stage_of_step(step: int, hp: Hyperparameters) -> int:
+def stage_of_step(step, hp):
     """0, 1 and 2 for the thirds of the schedule, 3 for the steps after."""
     return min(3 * step // scheduled_steps(hp), 3)
 
 
-def sequences_of_step(step: int, hp: Hyperparameters) -> int:
+def sequences_of_step(step, hp):
     """Number of sequences in a step's global batch.
 
-    "Don't Decay the Learning Rate, Increase the Batch Size" (Smith et al., 2017)
+    "Don't Decay the Learning Rate, Increase the Batch Size" (Smith et al., 2018)
     """
     factor = (1, 2, 3, 3)[stage_of_step(step, hp)]
     return hp.seqs_per_step * (factor if hp.growing_batch else 1)
 
 
-def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
+def learning_rate_factor(step, hp):
     """Higher for larger batches, with a linear cooldown to 0.1."""
     progress = step / scheduled_steps(hp)
     peak = 1.0
@@ -131,12 +119,12 @@ def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
     return peak * warm + 0.1 * (1 - warm)
 
 
-def muon_momentum(step: int, hp: Hyperparameters) -> float:
+def muon_momentum(step, hp):
     """From 0.85 to 0.95 over 300 steps, and back over the last 50."""
     return 0.85 + 0.1 * min(step / 300, 1, (hp.num_iterations - step) / 50)
 
 
-def target_weights(step: int, hp: Hyperparameters) -> list[float]:
+def target_weights(step, hp):
     """Weights of the next tokens in the loss. One of them fades out in each of the first thirds.
 
     "Better & Faster Large Language Models via Multi-token Prediction" (Gloeckle et al., 2024)
@@ -147,12 +135,12 @@ def target_weights(step: int, hp: Hyperparameters) -> list[float]:
     return [1.0, second_token, third_token][: hp.predict]
 
 
-def window_blocks(stage: int, hp: Hyperparameters) -> int:
+def window_blocks(stage, hp):
     """The long window of a stage in blocks of 128 tokens. Stage 4 is the last validation."""
     return max(1, round((3, 7, 11, 13, 20)[stage] / 13 * hp.max_window / BLOCK))
 
 
-def yarn(stage: int, hp: Hyperparameters) -> tuple[Tensor, float]:
+def yarn(stage, hp) -> tuple[Tensor, float]:
     """Rotary frequencies, radians a token (head_dim / 4,), and the scale of the scores.
 
     Where the window grows, frequencies of less than one turn in it shrink by the same factor, those
@@ -191,7 +179,7 @@ class PackingDataLoader(train_gpt.DistributedDataLoader):
     UserError where a shard has no documents, or all shards have too few.
     """
 
-    def __init__(self, filename_pattern: str, seq_len: int, *, max_document: int, **options):
+    def __init__(self, filename_pattern, seq_len, *, max_document, **options):
         super().__init__(filename_pattern, seq_len, **options)
         self.packed = []  # of each sequence, the first tokens and the lengths of its documents
         for path, start, length in zip(self.files, self.starts, self.lengths, strict=True):
@@ -218,7 +206,7 @@ class PackingDataLoader(train_gpt.DistributedDataLoader):
                 "--repeat or --pack false."
             )
 
-    def sequence(self, index: int) -> tuple[Tensor, Tensor]:
+    def sequence(self, index):
         """Sequence `index`: inputs (seq_len,) int32 and targets (seq_len,) int64 on the device."""
         epoch, place = divmod(index, len(self.packed))
         if self.shuffle:
@@ -229,7 +217,7 @@ class PackingDataLoader(train_gpt.DistributedDataLoader):
         return self.to_device(np.concatenate(documents)[: self.seq_len + 1], self.seq_len)
 
 
-def open_loaders(hp: Hyperparameters, machine: train_gpt.Machine) -> tuple:
+def open_loaders(hp, machine):
     """The loaders of the training and of the validation tokens. Raises UserError."""
     num_sequences = sum(sequences_of_step(step, hp) for step in range(hp.num_iterations))
     loader = train_gpt.DistributedDataLoader
@@ -276,12 +264,12 @@ class NorMuon(train_gpt.Muon):
 
     zeropower = staticmethod(polar_express)
 
-    def __init__(self, params, *, normalize: bool, decay: float, **options):
+    def __init__(self, params, *, normalize, decay, **options):
         super().__init__(params, **options)
         self.normalize = normalize
         self.decay = decay
 
-    def orthogonal_updates(self, group: dict, own: list[Tensor]) -> Tensor:
+    def orthogonal_updates(self, group, own):
         """Advance the state of parameters of one shape. Returns their updates (n, *shape)."""
         weights = torch.stack(own)
         updates = super().orthogonal_updates(group, own).type_as(weights)
@@ -312,7 +300,7 @@ def adam_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, numbers: Tensor):
 
 
 @functools.cache
-def compiled(function: Callable) -> Callable:
+def compiled(function):
     """One kernel for tensors of any size, instead of a dozen with their temporaries."""
     return torch.compile(function, dynamic=True)
 
@@ -389,10 +377,10 @@ class CausalSelfAttention(train_gpt.CausalSelfAttention):
     finds what followed an earlier token like its own.
     """
 
-    def __init__(self, hp: Hyperparameters, layer: int, has_values: bool):
+    def __init__(self, hp, layer, has_values):
         super().__init__(hp.model_dim, hp.num_heads, hp.head_dim, rotary=None)
-        self.paired = layer in hp.paired_heads
-        self.long = layer in long_layers(hp)
+        self.paired = hp.paired_heads and layer in (0, 2, 5, 9)
+        self.long = layer in (3, hp.num_layers - 1)
         self.key_offset = hp.key_offset and self.long
         self.qkv.weight.data *= 2  # a standard deviation of 1 / sqrt(model_dim)
         self.lambdas.data[1] = 1.0
@@ -426,14 +414,14 @@ class GPT(nn.Module):
     7's output. dtype: of the activations and the embeddings; the other weights are float32.
     """
 
-    def __init__(self, vocab_size: int, hp: Hyperparameters, fp8: bool, dtype: torch.dtype):
+    def __init__(self, vocab_size, hp, fp8, dtype):
         super().__init__()
         self.vocab_size = vocab_size
         self.hp = hp
         n = hp.num_layers
         self.attentions = nn.ModuleList(
             None
-            if i in hp.attention_free_layers
+            if i == hp.attention_free_layer
             else CausalSelfAttention(hp, i, has_values=i < 2 or i >= n - 3)
             for i in range(n)
         )
@@ -444,7 +432,7 @@ class GPT(nn.Module):
         self.lm_head = CastedLinear(hp.model_dim, rows, fp8, 448 / 100, 448 / 1.6, grad_s)
         nn.init.normal_(self.lm_head.weight, std=0.005)
 
-        def table(rows: int, columns: int) -> nn.Embedding:
+        def table(rows, columns):
             return nn.Embedding.from_pretrained(torch.zeros(rows, columns, dtype=dtype), False)
 
         self.embed = table(rows, hp.model_dim)
@@ -460,7 +448,7 @@ class GPT(nn.Module):
         self.skip_gate = nn.Parameter(torch.zeros(1, 12))
         self.backout = nn.Parameter(torch.tensor(0.5))
 
-    def hidden(self, input_seq: Tensor, schedule: Schedule) -> Tensor:
+    def hidden(self, input_seq, schedule):
         """The input of the head: ids (T,) to (T, model_dim), normalized."""
         e = self.embed(input_seq)
         smeared = e[1:] + self.smear * gate(e[1:], self.smear_gate) * e[:-1]
@@ -497,11 +485,11 @@ class GPT(nn.Module):
             outputs.append(x)
         return norm(x - self.backout * outputs[7])
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         """Scores of the next token: (T, model_dim) to float32 (T, padded vocabulary), 0 to 23."""
         return 23 * torch.sigmoid((self.lm_head(hidden).type_as(self.backout) + 5) / 7.5)
 
-    def forward(self, input_seq: Tensor, target_seq: Tensor, schedule: Schedule) -> Tensor:
+    def forward(self, input_seq, target_seq, schedule):
         """Losses in nats. In training, sums over the next tokens and those after: (predict,).
 
         In validation the mean cross-entropy of the next token, 0-d. Ids (T,) int32, targets (T,)
@@ -516,7 +504,7 @@ class GPT(nn.Module):
         total = sum(self.loss_sums(*part, 1) for part in parts)
         return total[0] / (target_seq >= 0).sum()
 
-    def loss_sums(self, hidden: Tensor, target_seq: Tensor, predict: int) -> Tensor:
+    def loss_sums(self, hidden, target_seq, predict):
         """Summed cross-entropies of the tokens 1, 2, ... `predict` positions ahead."""
         logits = self.logits(hidden)
         normalizer = logits.exp().sum(-1).log()  # logits up to 23 need no shift
@@ -533,14 +521,14 @@ class GPT(nn.Module):
 # Training step
 
 
-def build_model(hp: Hyperparameters, vocab_size: int, machine: train_gpt.Machine) -> GPT:
+def build_model(hp, vocab_size, machine):
     """The network on the machine's device. A seed gives the same weights on every device."""
     torch.manual_seed(hp.seed)
     fp8 = hp.fp8 == "head" and machine.supports_fp8 and machine.dtype == torch.bfloat16
     return GPT(vocab_size, hp, fp8, machine.dtype).to(machine.device)
 
 
-def build_optimizers(model: GPT, hp: Hyperparameters, machine: train_gpt.Machine) -> list:
+def build_optimizers(model, hp, machine):
     """Adam for embeddings, head, gates and scalars; NorMuon for the matrices between."""
     layers = [*model.attentions.named_parameters(), *model.mlps.named_parameters()]
     gates = [p for name, p in layers if name.endswith("gate")]
@@ -549,7 +537,7 @@ def build_optimizers(model: GPT, hp: Hyperparameters, machine: train_gpt.Machine
         mlp.c_proj.weight.lr_mul = 4.0
     scalars = [p for p in model.parameters() if p.ndim < 2 and p is not model.from_input]
 
-    def group(params, lr: float, betas: tuple[float, float], decay: float = 0.0) -> dict:
+    def group(params, lr, betas, decay=0.0):
         return dict(params=params, lr=lr, betas=betas, decay=hp.decay * decay)
 
     tables = [*model.value_embeds.parameters(), model.bigrams.weight]
@@ -574,7 +562,7 @@ def build_optimizers(model: GPT, hp: Hyperparameters, machine: train_gpt.Machine
     return [CautiousAdam(groups, dict(t=1)), muon]
 
 
-def set_schedule(optimizers, step: int, hp: Hyperparameters, machine: train_gpt.Machine):
+def set_schedule(optimizers, step, hp, machine):
     """Give the optimizers a step's learning rates and momentum. Returns the network's schedule."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -593,7 +581,7 @@ def set_schedule(optimizers, step: int, hp: Hyperparameters, machine: train_gpt.
     return Schedule(*(t.to(machine.device) for t in (*tensors, weights)))
 
 
-def untie_step(hp: Hyperparameters) -> int:
+def untie_step(hp):
     """The step after which embedding and head are two: an odd one, at two thirds of the schedule.
 
     Tied before: "Using the Output Embedding to Improve Language Models" (Press & Wolf, 2017)
@@ -601,14 +589,12 @@ def untie_step(hp: Hyperparameters) -> int:
     return math.ceil(2 * scheduled_steps(hp) / 3) | 1
 
 
-def can_stop(step: int) -> bool:
+def can_stop(step):
     """Whether no gradients are kept for the next step."""
     return step % 2 == 0
 
 
-def training_step(
-    model, optimizers, batches, schedule: Schedule, step: int, stop: bool, hp, machine
-) -> Tensor:
+def training_step(model, optimizers, batches, schedule, step, stop, hp, machine):
     """One step of Muon, and of Adam in odd steps, with the gradients of two.
 
     batches: this process's micro-batches. stop: whether this process was asked to stop. Returns
