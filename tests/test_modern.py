@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import modern_reference as reference
 import pytest
@@ -54,7 +55,7 @@ def sequence(T):
 
 
 def test_schedule_at_the_borders_of_the_stages():
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer = SimpleNamespace(param_groups=[dict(lr=1.0)])
     found = {}
     for step in (0, 519, 520, 521, 1040, 1041, 1559, 1560, 1575, 1600):
         schedule = train_modern.set_schedule([optimizer], step, SPEEDRUN, CPU)
@@ -150,7 +151,7 @@ def test_shard_without_documents_is_rejected(tmp_path):
 # Network and optimizers
 
 
-@pytest.mark.parametrize("step", [0, 2, 4, 6, 8])
+@pytest.mark.parametrize("step", [0, 4, 8])
 def test_losses_in_all_stages(double, step):
     """In validation, and in training for each of the next tokens. Step 8: a longer window."""
     hp, network, optimizers, expected = small_run(T=1024, max_window=512)
@@ -218,8 +219,8 @@ def test_normuon_follows_reference(double, shape):
 
 def train(folder, *flags, run_id="run", count=1):
     """A run of ten steps. Returns its losses, and the weights that it saved at the end."""
-    flags = [*SMALL, "--num_heads=2", "--head_dim=16", "--pack", "--num_iterations=10", *flags]
-    flags += [f"--run_id={run_id}", "--save_every=2", "--keep=9"]
+    settings = "--num_heads=2 --head_dim=16 --pack --num_iterations=10 --seqs_per_step=1"
+    flags = [*SMALL, *settings.split(), *flags, f"--run_id={run_id}", "--save_every=1", "--keep=9"]
     run(folder, *flags, script=train_modern.__file__, count=count)
     log = (folder / "logs" / f"{run_id}.txt").read_text(encoding="utf-8")
     newest = max((folder / "logs" / run_id).iterdir())
@@ -239,6 +240,11 @@ def test_log_contains_both_sources(finished):
     assert log.startswith(train_gpt.SOURCE + Path(train_modern.__file__).read_text())
 
 
+def test_only_even_steps_are_saved(finished):
+    names = sorted(path.name for path in (finished[0] / "logs" / "run").iterdir())
+    assert names == [f"step_{step:08d}.pt" for step in (2, 4, 6, 8, 10)]
+
+
 @pytest.mark.parametrize("step", [4, 8])
 def test_resumed_run_is_exact(finished, step):
     """From before and after the head and the embedding part."""
@@ -250,21 +256,22 @@ def test_resumed_run_is_exact(finished, step):
         assert torch.equal(value, resumed[name]), name
 
 
-def test_two_processes_train_the_same(finished, tmp_path):
+def test_two_processes_train_the_same(tmp_path):
     write_shards(tmp_path)
-    found, _ = train(tmp_path, count=2)
-    for (_, *line), (_, *expected) in zip(found, finished[1], strict=True):
-        for loss, other in zip(line, expected, strict=True):
-            assert loss == other or float(loss) == pytest.approx(float(other), abs=2e-3)
+    flags = "--num_iterations=6", "--seqs_per_step=2"
+    expected = train(tmp_path, *flags, run_id="alone")[1]
+    found = train(tmp_path, *flags, count=2)[1]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-SHORT = "--num_iterations=4", "--seqs_per_step=1"
+SHORT = "--num_iterations=2"
 
 
 @pytest.fixture(scope="module")
 def short(finished):
-    """Weights after four steps without a switch."""
-    return train(finished[0], *SHORT, run_id="short")[1]
+    """Weights after two steps without a switch."""
+    return train(finished[0], SHORT, run_id="short")[1]
 
 
 @pytest.mark.parametrize(
@@ -283,8 +290,8 @@ def short(finished):
     ],
 )
 def test_switch_changes_the_weights(finished, short, switch):
-    weights = train(finished[0], *SHORT, f"--{switch}", run_id=switch)[1]
-    assert not torch.equal(weights["lm_head.weight"], short["lm_head.weight"])
+    weights = train(finished[0], SHORT, f"--{switch}", run_id=switch)[1]
+    assert any(not torch.equal(value, short[name]) for name, value in weights.items())
 
 
 def test_bad_settings_are_rejected():
