@@ -1,5 +1,6 @@
 """What the tests share: shards and documents made on the spot, small settings, and processes."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -8,7 +9,9 @@ import signal
 import socket
 import sys
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -59,6 +62,30 @@ def documents(length, starts, vocab_size=257, seed=0) -> torch.Tensor:
     ids = torch.randint(vocab_size - 1, (length,), dtype=torch.int32, generator=generator)
     ids[torch.tensor(list(starts), dtype=torch.long)] = vocab_size - 1
     return ids
+
+
+def train(folder, *flags, **changes) -> int:
+    """Train on the CPU, in this process and a folder, with other functions in the recipe."""
+    import train_gpt  # not above: in processes of a run, it is imported or run by the script
+
+    recipe = types.SimpleNamespace(**vars(train_gpt) | changes)
+    with contextlib.chdir(folder), mock.patch.object(torch.cuda, "is_available", lambda: False):
+        return train_gpt.main([*SMALL, *flags], recipe)
+
+
+def contents(folder) -> dict:
+    return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
+
+
+def refused(capsys, folder, *flags, **changes) -> str:
+    """Train, which has to end with one sentence and without a change in the folder."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert train(folder, *flags, **changes) == 2
+    sentence = capsys.readouterr().err
+    assert re.fullmatch(r"train_gpt\.py: [^\n]+\n", sentence)
+    assert contents(folder) == before
+    return sentence
 
 
 def free_port() -> int:
@@ -123,9 +150,9 @@ class Processes:
         os.kill(self.processes[rank].pid, number)
 
     def wait_for(self, text):
-        """Wait until the log has a text."""
+        """Wait until a text is printed."""
         begin = time.monotonic()
-        while text not in self.log:
+        while text not in self.output:
             assert any(process.is_alive() for process in self.processes), self.output
             assert time.monotonic() - begin < LIMIT, self.output
             time.sleep(0.002)
@@ -134,7 +161,7 @@ class Processes:
         """Wait for the end. Returns the exit codes; that of a signal is negative."""
         begin = time.monotonic()
         while any(process.is_alive() for process in self.processes):
-            failed = any(process.exitcode for process in self.processes)
+            failed = any(process.exitcode in (1, 2) for process in self.processes)
             late = time.monotonic() - begin > LIMIT
             for process in self.processes:
                 if (failed or late) and process.is_alive():
