@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import signal
@@ -64,97 +65,80 @@ def next_multiple_of_n(v: float, *, n: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Settings: each field of Hyperparameters is a flag. Schedules are functions of the step.
-
-
-def setting(default, meaning: str, compare: bool = True, **limits):
-    """A field with its meaning, and its limits: min (default 0), max, multiple_of, choices."""
-    metadata = dict(meaning=meaning, **limits)
-    return dataclasses.field(default=default, compare=compare, metadata=metadata)
-
-
-# A setting that does not affect the weights, so that it may change when a run is resumed.
-free_setting = functools.partial(setting, compare=False)
+# Settings, which are the flags, and schedules, which are functions of the step
 
 
 @dataclasses.dataclass
 class Hyperparameters:
-    """All settings of a run. The defaults are the speedrun."""
+    """All settings of a run. The defaults are the speedrun; the comments are the flags' help."""
 
     # The network
-    num_layers: int = setting(12, "layers", min=6)
-    num_heads: int = setting(6, "attention heads", min=1)
-    head_dim: int = setting(128, "channels of a head", min=16, multiple_of=16)
-    model_dim: int = setting(768, "channels of the residual stream", min=16, multiple_of=16)
-    attention_free_layers: tuple = setting((7,), "layers without attention, such as 3,7, or none")
-    max_window: int = setting(
-        1792, "final attention window, in tokens", min=BLOCK, multiple_of=BLOCK
-    )
-    fp8: str = setting(
-        "head", "matmuls in FP8 on GPUs that support it", choices=("none", "head", "all")
-    )
-    dtype: str = setting(
-        "auto",
-        "dtype of the activations; auto: the fastest",
-        choices=("auto", "bfloat16", "float32"),
-    )
+    num_layers: int = 12  # layers
+    num_heads: int = 6  # attention heads
+    head_dim: int = 128  # channels of a head
+    model_dim: int = 768  # channels of the residual stream
+    attention_free_layer: int = 7  # the layer without attention; num_layers for none
+    max_window: int = 1792  # attention window at the end of training, in tokens
+    fp8: str = "head"  # matmuls in FP8 on GPUs that support it: none, head or all
     # Training
-    train_seq_len: int = setting(
-        48 * 1024, "tokens of a training sequence, one micro-step", min=BLOCK, multiple_of=BLOCK
-    )
-    seqs_per_step: int = setting(
-        8, "sequences of the global batch, which the processes share", min=1
-    )
-    num_iterations: int = setting(1770, "steps", min=1)
-    cooldown_frac: float = setting(
-        0.4, "fraction of the steps over which learning rates decay", min=1e-6, max=1
-    )
-    embed_lr: float = setting(0.6, "learning rate of the embeddings (Adam)")
-    head_lr: float = setting(0.008, "learning rate of the head (Adam)")
-    scalar_lr: float = setting(0.04, "learning rate of the scalars (Adam)")
-    muon_lr: float = setting(0.05, "learning rate of the hidden matrices (Muon)")
-    seed: int = setting(0, "seed of the weights and of the sample", max=2**63 - 1)
-    repeat: bool = setting(False, "start again when the training tokens are used up")
-    shuffle: bool = setting(False, "take the training sequences in a random order")
+    train_seq_len: int = 48 * 1024  # tokens of a training sequence, one micro-step
+    seqs_per_step: int = 8  # sequences of the global batch, which the processes share
+    num_iterations: int = 1770  # steps
+    cooldown_frac: float = 0.4  # fraction of the steps over which learning rates decay
+    embed_lr: float = 0.6  # learning rate of the embeddings (Adam)
+    head_lr: float = 0.008  # learning rate of the head (Adam)
+    scalar_lr: float = 0.04  # learning rate of the scalars (Adam)
+    muon_lr: float = 0.05  # learning rate of the hidden matrices (Muon)
+    repeat: bool = False  # start again when the training tokens are used up
+    shuffle: bool = False  # take the training sequences in a random order
+    seed: int = 0  # seed of the weights and of the sample
+    dtype: str = "auto"  # of the activations: bfloat16, float32, or auto for the faster one
     # Data
-    train_files: str = free_setting(
-        f"{DATA}/fineweb10B/fineweb_train_*.bin", "training shards, a quoted glob"
-    )
-    val_files: str = free_setting(
-        f"{DATA}/fineweb10B/fineweb_val_*.bin", "validation shards, a quoted glob"
-    )
-    val_tokens: int = free_setting(10485760, "tokens to validate on; 0 for all")
-    val_seq_len: int = free_setting(
-        256 * 1024, "tokens of a validation sequence", min=BLOCK, multiple_of=BLOCK
-    )
+    train_files: str = f"{DATA}/fineweb10B/fineweb_train_*.bin"  # training shards, a quoted glob
+    val_files: str = f"{DATA}/fineweb10B/fineweb_val_*.bin"  # validation shards, a quoted glob
+    val_tokens: int = 10485760  # tokens to validate on; 0 for all
+    val_seq_len: int = 256 * 1024  # tokens of a validation sequence
     # Log and checkpoints
-    val_loss_every: int = free_setting(125, "steps between validations; 0 for the last only")
-    sample: int = free_setting(0, "maximum number of tokens to sample after training")
-    log_dir: str = free_setting("logs", "folder of the log, LOG_DIR/RUN_ID.txt")
-    run_id: str = free_setting("", "name of the run; empty: made from the time")
-    save_every: int = free_setting(
-        0, "steps between checkpoints, LOG_DIR/RUN_ID/step_*.pt; 0: none"
-    )
-    keep: int = free_setting(2, "number of checkpoints to keep", min=1)
-    resume: str = free_setting("", "checkpoint to resume, or auto for the newest valid one, if any")
+    val_loss_every: int = 125  # steps between validations; 0 for the last only
+    sample: int = 0  # maximum number of tokens to sample after training
+    log_dir: str = "logs"  # folder of the log, LOG_DIR/RUN_ID.txt
+    run_id: str = ""  # name of the run; empty: made from the time
+    save_every: int = 0  # steps between checkpoints, LOG_DIR/RUN_ID/step_*.pt; 0 for none
+    keep: int = 2  # number of checkpoints to keep
+    resume: str = ""  # checkpoint to resume, or auto for the newest valid one, if there is one
 
     def check(self):
         """Raise UserError at the first setting that cannot be right."""
-        for field in dataclasses.fields(self):
-            check_limits(field.name, getattr(self, field.name), **field.metadata)
-        if not set(self.attention_free_layers) <= set(range(self.num_layers)):
-            raise UserError(
-                f"--attention_free_layers is {self.attention_free_layers}, but the layers are 0 to "
-                f"{self.num_layers - 1}."
-            )
+        for name, value in vars(self).items():
+            if not isinstance(value, str):
+                self.require(0 <= value < 2**63, name, "a number from 0 to 2**63")
+        for name in ("num_heads", "seqs_per_step", "num_iterations", "cooldown_frac", "keep"):
+            self.require(getattr(self, name) > 0, name, "positive")
+        for name, unit in (
+            ("head_dim", 16),
+            ("model_dim", 16),
+            ("max_window", BLOCK),
+            ("train_seq_len", BLOCK),
+            ("val_seq_len", BLOCK),
+        ):
+            value = getattr(self, name)
+            self.require(value > 0 and value % unit == 0, name, f"a positive multiple of {unit}")
+        self.require(self.num_layers >= 6, "num_layers", "at least 6")
+        self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
+        self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
+        dtypes = ("auto", "bfloat16", "float32")
+        self.require(self.dtype in dtypes, "dtype", "auto, bfloat16 or float32")
+
+    def require(self, condition, name, rule):
+        if not condition:
+            raise UserError(f"--{name} is {getattr(self, name)}; it has to be {rule}.")
 
 
-def check_limits(name, value, min=0, max=math.inf, multiple_of=None, **_):
-    if isinstance(value, (int, float)) and not min <= value <= max:
-        raise UserError(f"--{name} is {value}; it has to be from {min} to {max}.")
-    if multiple_of and value % multiple_of:
-        raise UserError(f"--{name} is {value}; it has to be a multiple of {multiple_of}.")
-
+# Settings that do not affect the weights, and may change when a run is resumed.
+FREE_SETTINGS = {
+    *("train_files", "val_files", "val_tokens", "val_seq_len", "val_loss_every", "sample", "dtype"),
+    *("log_dir", "run_id", "save_every", "keep", "resume"),
+}
 
 PRESETS = {
     "speedrun": {},  # 124M parameters as GPT-2 counts them
@@ -178,7 +162,7 @@ PRESETS = {
         num_heads=2,
         head_dim=64,
         model_dim=96,
-        attention_free_layers=(4,),
+        attention_free_layer=4,
         max_window=256,
         train_seq_len=1024,
         seqs_per_step=2,
@@ -244,22 +228,18 @@ class Machine:
     world_size: int = 1
 
     @property
-    def is_gpu(self) -> bool:
+    def is_gpu(self):
         """Whether the network is compiled and runs asynchronously."""
         return self.device.type == "cuda"
 
     @property
-    def supports_fp8(self) -> bool:
+    def supports_fp8(self):
         """Whether the device multiplies e4m3 and e5m2: NVIDIA's, capability 8.9 and up."""
         if not self.is_gpu or torch.version.hip:  # AMD's cards have FP8 formats of their own
             return False
         return torch.cuda.get_device_capability(self.device) >= (8, 9)
 
-    def synchronize(self):
-        if self.is_gpu:
-            torch.cuda.synchronize()
-
-    def peak_memory(self) -> tuple[int, int]:
+    def peak_memory(self):
         """Peak memory in MiB, (allocated, reserved); on a CPU the peak resident size, twice."""
         if self.is_gpu:
             allocated = torch.cuda.max_memory_allocated()
@@ -269,7 +249,7 @@ class Machine:
         return resident, resident
 
 
-def detect_machine(dtype: str) -> Machine:
+def detect_machine(dtype):
     """This process's own GPU, or the CPU. dtype: of the activations, or "auto".
 
     Raises UserError where torchrun's variables contradict each other, where there are fewer GPUs
@@ -304,7 +284,7 @@ def detect_machine(dtype: str) -> Machine:
     return Machine(device, getattr(torch, dtype), rank, world_size)
 
 
-def configure_torch(source: str):
+def configure_torch(source):
     """All process-wide settings of torch. They come before the first CUDA call."""
     import torch._inductor.config as inductor
 
@@ -321,7 +301,7 @@ def configure_torch(source: str):
     inductor.triton.mix_order_reduction = False
 
 
-def check_equal(found: dict, expected: dict, other: str):
+def check_equal(found, expected, other):
     """Raise UserError at the first name whose values differ."""
     for name in expected | found:
         if found.get(name) != expected.get(name):
@@ -330,7 +310,7 @@ def check_equal(found: dict, expected: dict, other: str):
             )
 
 
-def start_processes(config: dict, machine: Machine):
+def start_processes(config, machine):
     """Connect the processes of the run. Raises UserError where their configs differ."""
     if machine.world_size == 1:
         return
@@ -345,7 +325,7 @@ def start_processes(config: dict, machine: Machine):
         check_equal(configs[0], other, f"process {rank}; start all processes alike")
 
 
-def sum_over_processes(t: Tensor, machine: Machine) -> Tensor:
+def sum_over_processes(t, machine):
     """Sum a tensor over all processes, in place."""
     if machine.world_size > 1:
         dist.all_reduce(t)
@@ -456,7 +436,7 @@ def fingerprint(paths: list[str]) -> str:
 
 
 @functools.lru_cache(maxsize=2)  # a step may contain sequences of two epochs
-def random_order(seed: int, length: int) -> np.ndarray:
+def random_order(seed, length):
     """The numbers from 0 to length - 1, shuffled."""
     return np.random.default_rng(seed).permutation(length)
 
@@ -508,13 +488,13 @@ class DistributedDataLoader:
         self.num_sequences = math.ceil(self.num_tokens / seq_len)
         self.position = 0  # number of sequences that all processes have taken together
 
-    def summary(self) -> str:
+    def summary(self):
         """The shards in a few words, which identify their content."""
         return (
             f"{len(self.files)} shards, {self.total} tokens, fingerprint {fingerprint(self.files)}"
         )
 
-    def start_of(self, index: int) -> int:
+    def start_of(self, index):
         """The token at which a sequence starts; if shuffled, in another order for each epoch."""
         if self.shuffle:
             in_an_epoch = max(1, (self.total - 1) // self.seq_len)
@@ -522,7 +502,7 @@ class DistributedDataLoader:
             index = int(random_order(epoch, in_an_epoch)[place])
         return index * self.seq_len
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start, count):
         """`count` tokens, uint16, from position `start` of the shards' endless repetition.
 
         Raises UserError at a token beyond the vocabulary.
@@ -545,7 +525,7 @@ class DistributedDataLoader:
             count -= length
         return np.concatenate(pieces)
 
-    def to_device(self, tokens: np.ndarray, num_targets: int) -> tuple[Tensor, Tensor]:
+    def to_device(self, tokens, num_targets):
         """uint16 (n + 1,) to inputs (n,) int32 and targets (n,) int64 on the device.
 
         Targets from number `num_targets` on are -100.
@@ -570,9 +550,7 @@ class DistributedDataLoader:
         return self.sequence(index)
 
 
-def open_loaders(
-    hp: Hyperparameters, machine: Machine
-) -> tuple[DistributedDataLoader, DistributedDataLoader]:
+def open_loaders(hp: Hyperparameters, machine: Machine) -> tuple:
     """The loaders of the training and of the validation tokens. Raises UserError."""
     share = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
     train_loader = DistributedDataLoader(
@@ -589,19 +567,15 @@ def open_loaders(
     return train_loader, val_loader
 
 
-def check_shards(train_loader: DistributedDataLoader, val_loader: DistributedDataLoader):
+def check_shards(train_loader, val_loader):
     """Raise UserError where a validation shard is trained on, or has another vocabulary."""
-    both = {os.path.realpath(path) for path in train_loader.files}
-    both &= {os.path.realpath(path) for path in val_loader.files}
-    if both:
+    both = set(map(os.path.realpath, train_loader.files))
+    both &= set(map(os.path.realpath, val_loader.files))
+    if both or train_loader.vocab_size != val_loader.vocab_size:
         raise UserError(
-            f"{min(both)} is among the training and the validation shards; change --train_files or "
-            "--val_files."
-        )
-    if train_loader.vocab_size != val_loader.vocab_size:
-        raise UserError(
-            f"the training shards have a vocabulary of {train_loader.vocab_size}, and the "
-            f"validation shards one of {val_loader.vocab_size}; use shards of one tokenizer."
+            f"the training shards (vocabulary {train_loader.vocab_size}) and the validation shards "
+            f"({val_loader.vocab_size}) need one vocabulary and no common file, but share "
+            f"{min(both, default='none')}; change --train_files or --val_files."
         )
 
 
@@ -685,7 +659,7 @@ class BlockSparseAttention:
     with others that `bias` (n, 128, K * 128) hides: 0 where a query sees a key, otherwise -inf.
     """
 
-    def __init__(self, block_mask: BlockMask):
+    def __init__(self, block_mask):
         seen = block_mask.to_dense()[0, 0]
         n = len(seen)
         K = int(seen.sum(-1).max())
@@ -732,8 +706,6 @@ def zeropower_via_newtonschulz5(
     Newhouse, 2024).
     G: (..., rows, cols), of any float dtype. The result has its shape, in `dtype`.
     """
-    if G.ndim < 2:
-        raise ValueError(f"Newton-Schulz needs matrices, got a tensor of shape {tuple(G.shape)}")
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values <= 1; zeros stay zero
     X = X.to(dtype).reshape(-1, *G.shape[-2:])
@@ -787,7 +759,7 @@ class Muon(torch.optim.Optimizer):
             for i, p in enumerate(group):
                 self.owner[p] = i // self.share(group)
 
-    def share(self, params: list[Tensor]) -> int:
+    def share(self, params):
         """How many of a group's parameters a process owns."""
         return math.ceil(len(params) / self.world_size)
 
@@ -809,7 +781,7 @@ class Muon(torch.optim.Optimizer):
             for p, u in zip(group["params"], update, strict=False):
                 p.add_(u, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * tall_factor)
 
-    def gather_updates(self, group: dict) -> tuple:
+    def gather_updates(self, group):
         """Compute the updates of this process's parameters, and start to gather those of all.
 
         Returns the updates (n, *shape), which end in zeros where the shares are unequal, and a
@@ -827,7 +799,7 @@ class Muon(torch.optim.Optimizer):
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         return gathered, gather(gathered, updates, async_op=True)
 
-    def orthogonal_updates(self, group: dict, own: list[Tensor]) -> Tensor:
+    def orthogonal_updates(self, group, own):
         """Advance the momentum of parameters of one shape. Returns their updates (n, *shape)."""
         for p in own:
             if p not in self.state:
@@ -890,7 +862,7 @@ class Rotary(nn.Module):
     The other half has no position: it compares contents at any distance.
     """
 
-    def __init__(self, head_dim: int, max_seq_len: int):
+    def __init__(self, head_dim, max_seq_len):
         super().__init__()
         frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
         angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # radians
@@ -913,7 +885,7 @@ class Rotary(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Attention with normalized queries and keys, and value embeddings mixed into the values."""
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int, rotary: Rotary):
+    def __init__(self, dim, num_heads, head_dim, rotary):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -944,7 +916,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two layers, four times as wide inside, with a squared ReLU, "Primer" (So et al., 2021)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim):
         super().__init__()
         self.c_fc = CastedLinear(dim, 4 * dim)
         self.c_proj = CastedLinear(4 * dim, dim)
@@ -958,9 +930,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, where the layer has it, and MLP, after mixing in some of the embedding."""
 
-    def __init__(
-        self, dim: int, num_heads: int, head_dim: int, rotary: Rotary, has_attention: bool = True
-    ):
+    def __init__(self, dim, num_heads, head_dim, rotary, has_attention=True):
         super().__init__()
         self.attn = None
         if has_attention:
@@ -982,7 +952,7 @@ class ValueEmbedding(nn.Module):
     "Value Residual Learning" (Zhou et al., 2024) shows the gain of a path from input to values.
     """
 
-    def __init__(self, vocab_size: int, dim: int, num_layers: int, dtype: torch.dtype):
+    def __init__(self, vocab_size, dim, num_layers, dtype):
         super().__init__()
         self.num_layers = num_layers
         self.embed = nn.ModuleList(nn.Embedding(vocab_size, dim, dtype=dtype) for _ in range(3))
@@ -1020,7 +990,7 @@ def document_block_mask(document: Tensor, window: Tensor) -> BlockMask:
     some_pair = near & (last == first[:, None])  # j ends in the document in which i starts
     every_pair = near & (first == last[:, None])  # j starts in the document in which i ends
 
-    def nearest_first(dim: int, direction: int) -> list[Tensor]:
+    def nearest_first(dim, direction):
         """Numbers and indices of the partly, then of the fully visible blocks of each block."""
         full = every_pair.sum(dim, dtype=torch.int32)
         partial = 1 + some_pair.sum(dim, dtype=torch.int32) - full
@@ -1047,8 +1017,7 @@ class GPT(nn.Module):
 
     fp8: matmuls in FP8: "none", "head", or "all", with the hidden ones.
     dtype: of the activations and the embeddings; the other weights are float32.
-    train_seq_len: tokens of a micro-step. step_tokens: tokens of a step. The more there are, the
-    smaller the gradients of their mean loss, and the larger the scale of FP8 gradients.
+    train_seq_len: tokens of a micro-step, on whose number the scale of FP8 gradients depends.
     """
 
     def __init__(
@@ -1060,11 +1029,10 @@ class GPT(nn.Module):
         model_dim: int,
         max_seq_len: int,
         *,
-        attention_free_layers: tuple[int, ...] = (7,),
+        attention_free_layer: int = 7,
         fp8: str = "head",
         dtype: torch.dtype = torch.bfloat16,
         train_seq_len: int | None = None,
-        step_tokens: int | None = None,
     ):
         super().__init__()
         self.vocab_size = vocab_size
@@ -1076,20 +1044,21 @@ class GPT(nn.Module):
         rotary = Rotary(head_dim, max_seq_len)  # one table for all layers
         self.blocks = nn.ModuleList()
         for i in range(num_layers):
-            has_attention = i not in attention_free_layers
+            has_attention = i != attention_free_layer
             self.blocks.append(Block(model_dim, num_heads, head_dim, rotary, has_attention))
         self.skip_weights = nn.Parameter(torch.ones(self.num_skips))
         self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128))
         nn.init.zeros_(self.lm_head.weight)
-        self.choose_fp8(fp8, step_tokens or self.train_seq_len)
+        self.choose_fp8(fp8)
 
-    def choose_fp8(self, fp8: str, step_tokens: int):
+    def choose_fp8(self, fp8):
         """Decide which matmuls are in FP8, and what their operands are multiplied by.
 
         e4m3 holds up to 448: activations up to 224, head weights up to 0.875, hidden ones up to
         3.5. Squares, the input of an MLP's second layer, are larger than other activations.
         """
-        grad_s = 2.0**19 * step_tokens / (48 * 1024)  # the gradient of a token is about 1 / tokens
+        # A logit's gradient is at most 1 / tokens of a step, which has 8 sequences or more.
+        grad_s = 8 * 2.0**19 * self.train_seq_len / (48 * 1024)
         for name, layer in self.named_modules():
             if isinstance(layer, CastedLinear):
                 is_head = layer is self.lm_head
@@ -1109,7 +1078,7 @@ class GPT(nn.Module):
         windows = sliding_window_num_blocks, short
         return tuple(document_block_mask(document, window) for window in windows)
 
-    def hidden(self, input_seq: Tensor, sliding_window_num_blocks: Tensor) -> Tensor:
+    def hidden(self, input_seq, sliding_window_num_blocks):
         """The input of the head: ids (T,) to (T, model_dim), normalized."""
         masks = self.create_block_masks(input_seq, sliding_window_num_blocks)
         long, short = map(attention_under, masks)
@@ -1124,7 +1093,7 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         """Scores of the next token: (T, model_dim) to float32 (T, vocabulary padded to 128s).
 
         They are 15 + 15 tanh(x / 15), the cap of "Gemma 2" (Gemma Team, 2024) and a constant,
@@ -1146,7 +1115,7 @@ class GPT(nn.Module):
         total = sum(self.loss_sum(h, t) for h, t in zip(hiddens, targets, strict=True))
         return total / (target_seq >= 0).sum()
 
-    def loss_sum(self, hidden: Tensor, target_seq: Tensor) -> Tensor:
+    def loss_sum(self, hidden, target_seq):
         """Sum of the cross-entropies of what `hidden` returned.
 
         Logits between 0 and 30 need no shift before exp. The target's logit is taken by a sum over
@@ -1164,7 +1133,7 @@ class GPT(nn.Module):
 # Training step and validation
 
 
-def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
+def build_model(hp, vocab_size, machine):
     """The network on the machine's device. A seed gives the same weights on every device."""
     torch.manual_seed(hp.seed)
     use_fp8 = machine.supports_fp8 and machine.dtype == torch.bfloat16
@@ -1175,18 +1144,15 @@ def build_model(hp: Hyperparameters, vocab_size: int, machine: Machine) -> GPT:
         hp.head_dim,
         hp.model_dim,
         max(hp.train_seq_len, hp.val_seq_len),
-        attention_free_layers=hp.attention_free_layers,
+        attention_free_layer=hp.attention_free_layer,
         fp8=hp.fp8 if use_fp8 else "none",
         dtype=machine.dtype,
         train_seq_len=hp.train_seq_len,
-        step_tokens=hp.seqs_per_step * hp.train_seq_len,
     )
     return model.to(machine.device)
 
 
-def build_optimizers(
-    model: GPT, hp: Hyperparameters, machine: Machine
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model, hp, machine):
     """Adam for the embeddings, the head and the scalars; Muon for the matrices between."""
     embeds = [*model.embed.parameters(), *model.value_embeds.parameters()]
     scalars = [p for p in model.parameters() if p.ndim < 2]
@@ -1212,7 +1178,7 @@ def build_optimizers(
     return [adam, muon]
 
 
-def set_schedule(optimizers, step: int, hp: Hyperparameters, machine: Machine) -> Tensor:
+def set_schedule(optimizers, step, hp, machine):
     """Give the optimizers a step's learning rates and momentum.
 
     Returns the third argument of the network: the step's window in blocks, 0-d int32 on the device.
@@ -1227,9 +1193,7 @@ def set_schedule(optimizers, step: int, hp: Hyperparameters, machine: Machine) -
     return torch.full((), window_blocks(step, hp), dtype=torch.int32, device=machine.device)
 
 
-def training_step(
-    model, optimizers, batches, window: Tensor, step: int, stop: bool, hp, machine: Machine
-) -> Tensor:
+def training_step(model, optimizers, batches, window, step, stop, hp, machine):
     """One optimizer step on the mean gradient over the global batch.
 
     batches: this process's micro-batches. stop: whether this process was asked to stop. Returns
@@ -1250,7 +1214,7 @@ def training_step(
 
 
 @torch.no_grad()
-def validate(model, loader: DistributedDataLoader, window: Tensor, machine: Machine) -> float:
+def validate(model, loader, window, machine):
     """Mean loss in nats per token over exactly loader.num_tokens, shared by the processes."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=machine.device)
@@ -1262,38 +1226,10 @@ def validate(model, loader: DistributedDataLoader, window: Tensor, machine: Mach
 
 
 # --------------------------------------------------------------------------------------------------
-# Log and clock
+# Log
 
 
-class Clock:
-    """Milliseconds of training. Paused during validation and saving."""
-
-    def __init__(self, machine: Machine, ms: float):
-        self.machine = machine
-        self.ms_before = ms
-        self.started = time.perf_counter()  # None while paused
-
-    @property
-    def ms(self) -> float:
-        if self.started is None:
-            return self.ms_before
-        return self.ms_before + 1000 * (time.perf_counter() - self.started)
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.machine.synchronize()
-        self.ms_before = self.ms
-        self.started = None
-        yield
-        self.machine.synchronize()
-        self.started = time.perf_counter()
-
-    def fields(self, step: int) -> str:
-        """The time after `step` steps, in the form of the public logs."""
-        return f"train_time:{self.ms:.0f}ms step_avg:{self.ms / max(step, 1):.2f}ms"
-
-
-def warn(sentence: str):
+def warn(sentence):
     """Print a line for a person, which never ends a run."""
     with contextlib.suppress(OSError):
         tqdm.write(sentence, file=sys.stderr)
@@ -1307,7 +1243,7 @@ class Log:
     Raises UserError where it is not, cannot be made, or is being written by another run.
     """
 
-    def __init__(self, path: Path | None, new: bool):
+    def __init__(self, path, new):
         self.path = path
         self.complete = True
         if path is None:
@@ -1328,7 +1264,7 @@ class Log:
         if new and self.file.tell() > 0:
             raise UserError(f"the log {path} exists; choose another --run_id, or --resume.")
 
-    def line(self, text: str, shown: bool = True):
+    def line(self, text, shown=True):
         """Append a line. shown: on standard output, too."""
         if self.path is None:
             return
@@ -1351,7 +1287,7 @@ CHECKPOINT_FILES = "step_*.pt"
 CHECKPOINT_KEYS = {"step", "run_id", "ms", "config", "model", "optimizers", "random"}
 
 
-def gather_state(optimizer: torch.optim.Optimizer, machine: Machine) -> dict:
+def gather_state(optimizer, machine):
     """The optimizer's state_dict on process 0, with the entries that only other processes keep."""
     state_dict = optimizer.state_dict()
     if machine.world_size == 1:
@@ -1370,7 +1306,7 @@ def gather_state(optimizer: torch.optim.Optimizer, machine: Machine) -> dict:
     return state_dict
 
 
-def training_state(network: nn.Module, optimizers, machine: Machine) -> dict:
+def training_state(network, optimizers, machine):
     """The state of weights, optimizers and random numbers. Complete on process 0."""
     return dict(
         model=network.state_dict(),
@@ -1379,7 +1315,7 @@ def training_state(network: nn.Module, optimizers, machine: Machine) -> dict:
     )
 
 
-def save_checkpoint(path: Path, state: dict, keep: int, warns: bool = True) -> bool:
+def save_checkpoint(path, state, keep, warns=True):
     """Write a checkpoint under a temporary name, and rename it when it is on the disk.
 
     Then delete all but the `keep` newest of the folder, which is this run's own. Returns whether it
@@ -1403,7 +1339,7 @@ def save_checkpoint(path: Path, state: dict, keep: int, warns: bool = True) -> b
     return True
 
 
-def newest_first(paths) -> list[Path]:
+def newest_first(paths):
     """Checkpoints in the order of writing, the last one first."""
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
@@ -1426,7 +1362,7 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def newest_checkpoint(hp: Hyperparameters) -> tuple[Path | None, dict]:
+def newest_checkpoint(hp):
     """The newest valid checkpoint of --run_id, or under --log_dir without one; or (None, {})."""
     folder = glob.escape(hp.run_id) or "**"
     for path in newest_first(Path(hp.log_dir).glob(f"{folder}/{CHECKPOINT_FILES}")):
@@ -1437,7 +1373,7 @@ def newest_checkpoint(hp: Hyperparameters) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def find_checkpoint(hp: Hyperparameters, config: dict) -> tuple[Path | None, dict]:
+def find_checkpoint(hp, config):
     """The checkpoint of --resume, or (None, {}). Raises UserError where its config differs."""
     path, state = None, {}
     if hp.resume == "auto":
@@ -1449,7 +1385,7 @@ def find_checkpoint(hp: Hyperparameters, config: dict) -> tuple[Path | None, dic
     return path, state
 
 
-def load_state(state: dict, network: nn.Module, optimizers):
+def load_state(state, network, optimizers):
     """Load a checkpoint's weights, optimizers and random numbers, on any number of processes.
 
     Raises UserError where it belongs to another network.
@@ -1480,16 +1416,12 @@ def load_state(state: dict, network: nn.Module, optimizers):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without the usage."""
 
-    def error(self, message: str):
+    def error(self, message):
         raise UserError(f"{message}; --help lists all flags and presets, and globs need quotes.")
 
 
-def parse_bool(text: str) -> bool:
+def parse_bool(text):
     return ["false", "true"].index(text.lower()) == 1  # argparse reports a ValueError
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    return () if text == "none" else tuple(int(number) for number in text.split(","))
 
 
 def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperparameters, str]:
@@ -1509,16 +1441,16 @@ def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperpa
         choices=recipe.PRESETS,
         help="settings to start from (speedrun)",
     )
+    meanings = dict(re.findall(r"^    (\w+): \w+ = .+  # (.+)$", recipe.SOURCE, re.MULTILINE))
     for field in dataclasses.fields(recipe.Hyperparameters):
         values = [str(field.default)]
         values += [f"{n} {p[field.name]}" for n, p in recipe.PRESETS.items() if field.name in p]
         optional = dict(nargs="?", const=True) if field.type is bool else {}
         parser.add_argument(
             f"--{field.name}",
-            type={bool: parse_bool, tuple: parse_layers}.get(field.type, field.type),
-            choices=field.metadata.get("choices"),
+            type=parse_bool if field.type is bool else field.type,
             metavar="X",
-            help=f"{field.metadata['meaning']} ({', '.join(values)})",
+            help=f"{meanings.get(field.name)} ({', '.join(values)})",
             **optional,
         )
     given = vars(parser.parse_args(argv))
@@ -1528,7 +1460,7 @@ def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperpa
     return hp, preset
 
 
-def check_work(hp: Hyperparameters, sequences: list[int], machine: Machine):
+def check_work(hp, sequences, machine):
     """Raise UserError where processes cannot share a batch, or a CPU would take weeks.
 
     sequences: the number in each step's global batch.
@@ -1548,7 +1480,7 @@ def check_work(hp: Hyperparameters, sequences: list[int], machine: Machine):
         )
 
 
-def header(network, machine: Machine, hp: Hyperparameters, facts: dict, source: str) -> str:
+def header(network, machine, hp, facts, source):
     """The start of a log: the script's source, versions, hardware and settings."""
     nvidia_smi = ""
     hardware = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -1569,7 +1501,7 @@ def header(network, machine: Machine, hp: Hyperparameters, facts: dict, source: 
     return "\n".join([source, "=" * 100, nvidia_smi, *lines, "=" * 100])
 
 
-def warm_up(model, network, optimizers, hp: Hyperparameters, machine: Machine, recipe):
+def warm_up(model, network, optimizers, hp, machine, recipe):
     """Compile and run every kernel on synthetic tokens; the weights stay as they were."""
     weights = {name: t.cpu().clone() for name, t in network.state_dict().items()}
     # The last schedule has the longest window, which needs the most memory.
@@ -1587,7 +1519,7 @@ def warm_up(model, network, optimizers, hp: Hyperparameters, machine: Machine, r
 
 
 @torch.no_grad()
-def sample(network: nn.Module, num_tokens: int, schedule, hp: Hyperparameters) -> str:
+def sample(network, num_tokens, schedule, hp):
     """Sample a document: at most num_tokens, and less than a training sequence.
 
     Bytes become text, and so do GPT-2's tokens where tiktoken is installed; others are numbers.
@@ -1617,12 +1549,12 @@ def sample(network: nn.Module, num_tokens: int, schedule, hp: Hyperparameters) -
     return str(tokens)
 
 
-def due(step: int, every: int) -> bool:
+def due(step, every):
     """Whether something that happens every so many steps (0: never) happens after `step` steps."""
     return every > 0 and step % every == 0
 
 
-def train(hp: Hyperparameters, preset: str, recipe) -> int:
+def train(hp, preset, recipe):
     """Prepare everything, then train.
 
     Returns the exit code: 0, or 128 + N after a stop by signal N, or 1 where the log or the last
@@ -1635,7 +1567,7 @@ def train(hp: Hyperparameters, preset: str, recipe) -> int:
     check_work(hp, sequences, machine)
     train_loader, val_loader = recipe.open_loaders(hp, machine)
     check_shards(train_loader, val_loader)
-    config = {f.name: getattr(hp, f.name) for f in dataclasses.fields(hp) if f.compare}
+    config = {name: value for name, value in vars(hp).items() if name not in FREE_SETTINGS}
     config |= dict(activations=str(machine.dtype), train_shards=train_loader.summary())
     checkpoint, state = find_checkpoint(hp, config)
     first = state.get("step", 0)
@@ -1677,10 +1609,12 @@ def train(hp: Hyperparameters, preset: str, recipe) -> int:
         dynamic_ncols=True,
         disable=None if machine.rank == 0 else True,  # None: where stderr is not a terminal
     )
-    saved = True  # whether the last checkpoint could be written
+    ms = state.get("ms", 0.0)  # of training, without compilation, validation and saving
+    loss = math.nan  # of the last step
     stopping = False  # whether a process was asked to stop
+    saved = True  # whether the last checkpoint could be written
 
-    def report(step: int, loss: float, fields: str, shown: bool = True):
+    def report(step, loss, fields, shown=True):
         log.line(f"step:{step}/{last} {fields}", shown)
         if not math.isfinite(loss):
             raise UserError(
@@ -1688,38 +1622,38 @@ def train(hp: Hyperparameters, preset: str, recipe) -> int:
                 f"data; the last checkpoint: {checkpoint or 'none'}."
             )
 
-    def next_batches(step: int) -> list:
+    def next_batches(step):
         share = sequences[step] // machine.world_size if step < last else 0
         return [train_loader.next_batch() for _ in range(share)]
 
     batches = next_batches(first)
-    clock = Clock(machine, state.get("ms", 0.0))
     with contextlib.closing(bar), stop_signals() as signals:
         for step in range(first, last + 1):
             schedule = recipe.set_schedule(optimizers, step, hp, machine)
+            times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+            if step > first:
+                bar.set_postfix_str(f"step {step}, train_loss {loss:.4f}", refresh=False)
+                bar.update(sequences[step - 1] * hp.train_seq_len)
+                report(step, loss, f"{times} train_loss:{loss:.4f}", shown=bar.disable)
             ends = step == last or (stopping and recipe.can_stop(step))
             if step == last or (due(step, hp.val_loss_every) and not ends):
-                with clock.paused():
-                    loss = recipe.validate(model, val_loader, schedule, machine)
-                report(step, loss, f"val_loss:{loss:.4f} {clock.fields(step)}")
+                loss = recipe.validate(model, val_loader, schedule, machine)
+                report(step, loss, f"val_loss:{loss:.4f} {times}")
             if step > first and hp.save_every and (ends or due(step, hp.save_every)):
-                with clock.paused():
-                    state = training_state(network, optimizers, machine)
-                    state |= dict(step=step, run_id=run_id, ms=clock.ms, config=config)
-                    path = folder / f"step_{step:08d}.pt"
-                    saved = machine.rank > 0 or save_checkpoint(path, state, hp.keep, saved)
-                    checkpoint = path if saved else checkpoint
+                path = folder / f"step_{step:08d}.pt"
+                state = dict(step=step, run_id=run_id, ms=ms, config=config)
+                state |= training_state(network, optimizers, machine)
+                saved = machine.rank > 0 or save_checkpoint(path, state, hp.keep, saved)
+                checkpoint = path if saved else checkpoint
             if ends:
                 break
+            started = time.perf_counter()
             result = recipe.training_step(
                 model, optimizers, batches, schedule, step, bool(signals), hp, machine
             )
             batches = next_batches(step + 1)  # while a GPU works
-            loss, stops = result.tolist()  # waits for it
-            stopping = stops > 0
-            bar.set_postfix_str(f"step {step + 1}, train_loss {loss:.4f}", refresh=False)
-            bar.update(sequences[step] * hp.train_seq_len)
-            report(step + 1, loss, f"{clock.fields(step + 1)} train_loss:{loss:.4f}", bar.disable)
+            loss, stopping = result.tolist()  # waits for all that it was asked for
+            ms += 1000 * (time.perf_counter() - started)
 
     if step < last:
         number = signals[0] if signals else signal.SIGTERM  # received by another process
@@ -1728,7 +1662,7 @@ def train(hp: Hyperparameters, preset: str, recipe) -> int:
             warn(f"stopped by signal {number} after step {step}; to continue, add {how}.")
         return 128 + number
     allocated, reserved = machine.peak_memory()
-    log.line(f"tokens per second: {bar.total / clock.ms * 1000:.0f}")
+    log.line(f"tokens per second: {bar.total / ms * 1000:.0f}")
     log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
     if hp.sample and machine.rank == 0:
         log.line("sample: " + sample(network, hp.sample, schedule, hp))
