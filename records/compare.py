@@ -161,11 +161,13 @@ def read_log(path):
     A line of 100 "=" ends the script's source; the head goes from there to the last such line
     before the steps. Where the step number falls and no run was resumed, another run begins, and
     the runs are named PATH#1, PATH#2 and so on."""
-    text = path.read_text(encoding="utf-8", errors="replace").lstrip("=\n")
+    text = path.read_text(encoding="utf-8", errors="replace")
     if not text.endswith("ms"):  # without a newline, the last line may have been cut in a number
         text = text[: text.rfind("\n") + 1]
     script, *parts = RULE.split(text) if RULE.search(text) else ("", text)
-    script = script and hashlib.sha256(script.encode()).hexdigest()[:8]
+    if not script.strip() and len(parts) > 2:  # the oldest of these logs begin with such a line
+        script, *parts = parts
+    digest = hashlib.sha256(script.encode()).hexdigest()[:8] if script.strip() else ""
     runs, head = [], ""
     for part in parts:
         lines = list(EVENT.finditer(part))
@@ -175,7 +177,7 @@ def read_log(path):
         settings, gpus, head = dict(SETTING.findall(head)), count_gpus(head), ""
         for line in lines:
             if line[1] and (not runs or int(line[1]) < runs[-1].steps):
-                runs.append(Run(str(path), str(path.parent), script))
+                runs.append(Run(str(path), str(path.parent), digest))
             if runs:
                 runs[-1].settings, runs[-1].gpus = settings, gpus
                 runs[-1].read_line(line)
