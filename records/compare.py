@@ -187,15 +187,14 @@ def read_log(path):
 
 
 def read_runs(paths):
-    """The runs of the logs, and of every .txt and .log below the folders. A file met twice is read
-    once; one without a run is named on stderr. Raises OSError."""
-    logs = {}
+    """The runs of the logs, and of every .txt and .log below the folders. A file without a run is
+    named on stderr. Raises OSError."""
+    logs = {}  # as keys, so that a file named twice is read once
     for path in paths:
         below = filter(Path.is_file, [*path.rglob("*.txt"), *path.rglob("*.log")])
-        for log in sorted(below) if path.is_dir() else [path]:
-            logs.setdefault(log.resolve(), log)
+        logs |= dict.fromkeys(sorted(below) if path.is_dir() else [path])
     runs = []
-    for log in logs.values():
+    for log in logs:
         found = read_log(log)
         if not found:
             print(f"{log}: no run in this file", file=sys.stderr)
@@ -282,18 +281,17 @@ def t_test(losses, target):
         """Of as many runs, had they this mean and standard deviation."""
         return float(stdtr(runs - 1, (mean - target) / std * math.sqrt(runs)))
 
-    def enough(runs):
-        return p_value(runs) < SIGNIFICANCE
-
-    if enough(n):
-        return p_value(n), "proven"
+    p, high = p_value(n), n
+    if p < SIGNIFICANCE:
+        return p, "proven"
     if mean > target - ROUNDING:
-        return p_value(n), NO_NUMBER
-    high = n
-    while not enough(high):
+        return p, NO_NUMBER
+    while p_value(high) >= SIGNIFICANCE:
         high *= 2
-    more = bisect.bisect_left(range(high), True, lo=n, key=enough) - n
-    return p_value(n), f"not proven: {more} more run(s) at this spread would be needed"
+    enough = bisect.bisect_left(
+        range(high), True, lo=n, key=lambda runs: p_value(runs) < SIGNIFICANCE
+    )
+    return p, f"not proven: {enough - n} more run(s) at this spread would be needed"
 
 
 def z_test(losses, target):

@@ -200,6 +200,7 @@ def test_copies_count_once(capsys):
             "logs (train_shards fingerprint 2b)",
         ),
         ({"head": "muon_lr: 1", "script": "b"}, "logs (script "),
+        ({"head": "muon_lr: 1", "script": f"{RULE}\nb"}, "logs (script "),
         ({"head": "muon_lr: 1", "steps": 500}, "logs (steps 500)"),
     ],
 )
@@ -254,6 +255,7 @@ BENCHMARK = f"""
 3.276 | 1000 0.00400 proven
 3.276 3.278 3.278 3.280 | 1000 0.00400 proven
 3.276 3.278 3.278 3.281 | 1000 0.00350 not proven: 2 more run(s)
+3.278 | 1000 0.00200 not proven: 3 more run(s)
 3.281 3.282 | 1000 -0.00212 {NO_NUMBER}
 3.276 inf | 1000 - not proven: 1 diverged
 """
@@ -323,11 +325,12 @@ def two_sets():
 # A mean of 8 thousandths below the target at a standard deviation of 2: t = -4 sqrt(3). Standard
 # errors of sqrt(2/3) of 2 thousandths, 4 degrees of freedom, t 2.77645. From 3.5 at step 500 to
 # 3.25 at step 1000: 0.1 of 0.25 is 200 steps on, and 20 s of 50.
-P = f"{t_below(-4 * math.sqrt(3)):.3g}"
+LOSS = "3 (+1 unfinished) 3.27200 0.00200 3.27000 3.27400"
+TIME = "101.000 1.000 100.000 102.000"
 TABLES = f"""
 old new | new/0.txt | 1000 3.25000 100.000 100.00 - -
 old new | old/3.txt | 500/1000 3.50000 51.500 100.00 - - unfinished
-old new | old | 3 (+1 unfinished) 3.27200 0.00200 3.27000 3.27400 101.000 1.000 100.000 102.000 {P}
+old new old | old | {LOSS} {TIME} {t_below(-4 * math.sqrt(3)):.3g} not proven: 1 more run(s)
 old new --at 3.4 | run | steps val loss time (s) step avg (ms) peak (MiB) GPUs steps to 3.4 seconds
 old new --at 3.4 | new/0.txt | 1000 3.25000 100.000 100.00 - - 700.0 70.000
 --vs old new | loss | 3.27200 3 3.25200 3 +0.02000 +0.01547 to +0.02453 more than noise: A is higher
@@ -355,13 +358,13 @@ def test_sort(capsys, key, order):
 
 
 def test_plot_shows_diverged_and_unfinished_runs(capsys):
-    write_set("a$x$b", [3.27, 3.271, math.nan, math.inf, None])
+    write_set(r"a$\x$b", [3.27, 3.271, math.nan, math.inf, None])
     run_log("_c.txt", 3.29)
-    code, _, err = show(capsys, "_c.txt a$x$b --plot curves.svg")
+    code, _, err = show(capsys, r"_c.txt a$\x$b --plot curves.svg")
     assert (code, err) == (0, "The loss curves are in curves.svg.\n")
     text = Path("curves.svg").read_text()
     words = [part.partition(" -->")[0].strip() for part in text.split("<!-- ")]
-    assert {"a$x$b", "_c.txt", "dotted: unfinished runs, dashed: loss 3.28"} <= {*words}
+    assert {r"a$\x$b", "_c.txt", "dotted: unfinished runs, dashed: loss 3.28"} <= {*words}
     assert "10" not in words  # the losses of the start would squeeze the rest
     assert text.count("stroke-dasharray") == 4  # two dashed lines, and two curves dotted
 
