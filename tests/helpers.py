@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,19 @@ def documents(length, starts, vocab_size=257, seed=0) -> torch.Tensor:
     ids = torch.randint(vocab_size - 1, (length,), dtype=torch.int32, generator=generator)
     ids[torch.tensor(list(starts), dtype=torch.long)] = vocab_size - 1
     return ids
+
+
+def load_script(path, operators="nanogpt"):
+    """A training script as a module.
+
+    operators: the namespace of its custom operators, since a process can have one of each name.
+    """
+    module = types.ModuleType(f"{Path(path).stem}_{operators}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for their module
+    source = Path(path).read_text(encoding="utf-8").replace("nanogpt", operators)
+    exec(compile(source, path, "exec"), vars(module))
+    return module
 
 
 def free_port() -> int:
