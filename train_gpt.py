@@ -1,8 +1,8 @@
-"""Train a 124M-parameter GPT on FineWeb to a validation loss of 3.28.
+"""Train a GPT of 124M parameters, by GPT-2's count, on FineWeb to a validation loss of 3.28.
 
-The recipe is record #21 of the public NanoGPT speedrun: 3.28 in 2.997 minutes on 8 H100 GPUs. The
-same file trains on any number of GPUs and, at a smaller size, on a CPU. records/README.md lists
-what has been run with it, with the log of each result.
+The recipe is record #21 of the public NanoGPT speedrun, whose script took 2.997 minutes on 8 H100
+GPUs. This file trains on any number of GPUs and, at a smaller size, on a CPU. It has not yet run on
+a GPU; records/README.md lists what has been run, with the log of each result.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   the speedrun
     python train_gpt.py --preset tiny                       a small network, on a CPU
@@ -123,7 +123,8 @@ class Hyperparameters:
         ):
             value = getattr(self, name)
             self.require(value > 0 and value % unit == 0, name, f"a positive multiple of {unit}")
-        self.require(self.num_layers >= 6, "num_layers", "at least 6")
+        self.require(self.num_layers >= 6, "num_layers", "at least 6")  # two for each value table
+        self.require("/" not in self.run_id, "run_id", "a name without /")
         self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
         self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
         dtypes = ("auto", "bfloat16", "float32")
@@ -134,7 +135,8 @@ class Hyperparameters:
             raise UserError(f"--{name} is {getattr(self, name)}; it has to be {rule}.")
 
 
-# Settings that do not affect the weights, and may change when a run is resumed.
+# Settings that may change when a run is resumed. The data and the dtype of the activations are
+# compared by what these settings lead to.
 FREE_SETTINGS = {
     *("train_files", "val_files", "val_tokens", "val_seq_len", "val_loss_every", "sample", "dtype"),
     *("log_dir", "run_id", "save_every", "keep", "resume"),
@@ -185,7 +187,7 @@ PRESETS = {
 
 
 def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
-    """1 until the cooldown, then a linear decay to 0.1 at the last step."""
+    """1 until the cooldown, then a linear decay to 0.1 after the last step."""
     return 0.1 + 0.9 * min(1, (1 - step / hp.num_iterations) / hp.cooldown_frac)
 
 
@@ -205,12 +207,12 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
 
 
 def sequences_of_step(step: int, hp: Hyperparameters) -> int:
-    """The number of sequences in a step's global batch."""
+    """The number of sequences in a step's global batch. Another recipe may let it grow."""
     return hp.seqs_per_step
 
 
 def can_stop(step: int) -> bool:
-    """Whether a checkpoint after `step` steps holds the whole state of the training."""
+    """Whether a run can be resumed after `step` steps. Another recipe may need an even number."""
     return True
 
 
@@ -240,7 +242,7 @@ class Machine:
         return torch.cuda.get_device_capability(self.device) >= (8, 9)
 
     def peak_memory(self):
-        """Peak memory in MiB, (allocated, reserved); on a CPU the peak resident size, twice."""
+        """Peak memory in MiB, (allocated, reserved). On a CPU both are the peak resident size."""
         if self.is_gpu:
             allocated = torch.cuda.max_memory_allocated()
             return allocated >> 20, torch.cuda.max_memory_reserved() >> 20
@@ -252,7 +254,7 @@ class Machine:
 def detect_machine(dtype):
     """This process's own GPU, or the CPU. dtype: of the activations, or "auto".
 
-    Raises UserError where torchrun's variables contradict each other, where there are fewer GPUs
+    Raises UserError if torchrun's variables contradict each other, where there are fewer GPUs
     than processes, and where the GPU is too old.
     """
     ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
@@ -301,17 +303,17 @@ def configure_torch(source):
     inductor.triton.mix_order_reduction = False
 
 
-def check_equal(found, expected, other):
-    """Raise UserError at the first name whose values differ."""
+def check_equal(found, expected, one, other):
+    """Raise UserError at the first name whose values differ: `found` in one, and in the other."""
     for name in expected | found:
         if found.get(name) != expected.get(name):
             raise UserError(
-                f"{name} is {found.get(name)} here, and {expected.get(name)} in {other}."
+                f"{name} is {found.get(name)} in {one}, and {expected.get(name)} in {other}."
             )
 
 
 def start_processes(config, machine):
-    """Connect the processes of the run. Raises UserError where their configs differ."""
+    """Connect the processes of the run. Raises UserError if their configs differ."""
     if machine.world_size == 1:
         return
     dist.init_process_group(
@@ -322,7 +324,7 @@ def start_processes(config, machine):
     configs = [None] * machine.world_size
     dist.all_gather_object(configs, config)
     for rank, other in enumerate(configs):
-        check_equal(configs[0], other, f"process {rank}; start all processes alike")
+        check_equal(configs[0], other, "process 0", f"process {rank}; start all processes alike")
 
 
 def sum_over_processes(t, machine):
@@ -335,9 +337,9 @@ def sum_over_processes(t, machine):
 def sum_gradients(parameters, owner: dict[Tensor, int], extra: Tensor, machine: Machine) -> Tensor:
     """Sum gradients, and `extra` (n,) float32, over all processes. Returns the sum of `extra`.
 
-    Gradients of fewer than two dimensions travel with `extra` in one tensor. A gradient whose
-    parameter has an owner is complete there alone, which takes half of the traffic. All
-    communication starts before any is waited for.
+    Gradients of fewer than two dimensions travel with `extra` in one tensor. owner: the rank of the
+    process that updates a parameter; its gradient is complete there alone, which takes half of the
+    traffic. All communication starts before any is waited for.
     """
     if machine.world_size == 1:
         return extra
@@ -359,20 +361,21 @@ def sum_gradients(parameters, owner: dict[Tensor, int], extra: Tensor, machine: 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collects SIGINT, SIGTERM, SIGHUP and SIGUSR1 in a list, in place of what they do.
+    """Collects SIGINT, SIGTERM, SIGHUP and SIGUSR1 in a list, instead of their usual effect.
 
     The second signal of a kind has its usual effect. Ignored signals stay so, as under nohup.
     """
     received = []
-    handlers = {}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def receive(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            handlers[number] = signal.signal(number, receive)
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, receive)
     try:
         yield received
     finally:
@@ -407,9 +410,15 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def read_header(path: str) -> tuple[int, int]:
-    """A shard's number of tokens and its vocabulary size. Raises UserError where it is corrupt."""
-    size = os.path.getsize(path) - HEADER_BYTES
-    header = np.zeros(256, "<i4") if size < 0 else np.fromfile(path, "<i4", 256)
+    """A shard's number of tokens and its vocabulary size. Raises UserError if it is corrupt."""
+    try:
+        size = os.path.getsize(path) - HEADER_BYTES
+        header = np.zeros(256, "<i4") if size < 0 else np.fromfile(path, "<i4", 256)
+    except OSError as error:
+        raise UserError(
+            f"the shard {path} cannot be read ({error.strerror}); change --train_files or "
+            "--val_files."
+        ) from None
     magic, version, num_tokens, vocab_size = header[:4].tolist()
     vocab_size = vocab_size or GPT2_VOCAB  # 0 in the public shards
     known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
@@ -423,15 +432,13 @@ def read_header(path: str) -> tuple[int, int]:
 
 
 def fingerprint(paths: list[str]) -> str:
-    """A hash of the files' sizes and of the first and the last megabyte of each."""
+    """A hash of the first and the last megabyte of each shard. The first holds its length."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(str(size).encode())
-            for start in (0, max(0, size - 2**20)):
-                file.seek(start)
-                digest.update(file.read(2**20))
+            digest.update(file.read(2**20))
+            file.seek(max(0, os.path.getsize(path) - 2**20))
+            digest.update(file.read())
     return digest.hexdigest()[:12]
 
 
@@ -448,7 +455,7 @@ class DistributedDataLoader:
     rank, rank + world_size, and so on.
     num_tokens: number of tokens that the run predicts (None or 0: all); later targets are -100.
     repeat: start again after the last token. shuffle: read in a random order, the same in each run.
-    Raises UserError where files are missing or corrupt, or have too few tokens.
+    Raises UserError if files are missing or corrupt, or have too few tokens.
     """
 
     def __init__(
@@ -568,14 +575,18 @@ def open_loaders(hp: Hyperparameters, machine: Machine) -> tuple:
 
 
 def check_shards(train_loader, val_loader):
-    """Raise UserError where a validation shard is trained on, or has another vocabulary."""
+    """Raise UserError if a validation shard is trained on, or has another vocabulary."""
+    if train_loader.vocab_size != val_loader.vocab_size:
+        raise UserError(
+            f"the training shards have a vocabulary of {train_loader.vocab_size}, and the "
+            f"validation shards one of {val_loader.vocab_size}; use shards of one tokenizer."
+        )
     both = set(map(os.path.realpath, train_loader.files))
     both &= set(map(os.path.realpath, val_loader.files))
-    if both or train_loader.vocab_size != val_loader.vocab_size:
+    if both:
         raise UserError(
-            f"the training shards (vocabulary {train_loader.vocab_size}) and the validation shards "
-            f"({val_loader.vocab_size}) need one vocabulary and no common file, but share "
-            f"{min(both, default='none')}; change --train_files or --val_files."
+            f"{min(both)} is among the training and the validation shards; change --train_files or "
+            "--val_files."
         )
 
 
@@ -616,7 +627,7 @@ def mm_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`x @ w.T` in FP8: bfloat16 (T, out), with x and w in e4m3 for the backward pass.
 
-    x: (T, in), w: (out, in), all sizes multiples of 16.
+    x: (T, in), w: (out, in), all sizes multiples of 16. grad_s: for the backward pass.
     """
     x_f8 = to_fp8(x, x_s, torch.float8_e4m3fn)
     w_f8 = to_fp8(w, w_s, torch.float8_e4m3fn)
@@ -655,8 +666,8 @@ mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
 class BlockSparseAttention:
     """Attention under a block mask on a CPU, where FlexAttention has no backward pass.
 
-    The n query blocks see at most K key blocks each. `blocks` (n, K) are their indices, filled up
-    with others that `bias` (n, 128, K * 128) hides: 0 where a query sees a key, otherwise -inf.
+    The n query blocks see at most K key blocks each. `blocks` (n, K) are their indices, padded with
+    others that `bias` (n, 128, K * 128) hides: 0 where a query sees a key, otherwise -inf.
     """
 
     def __init__(self, block_mask):
@@ -698,7 +709,7 @@ def attention_under(block_mask: BlockMask) -> Callable[..., Tensor]:
 def zeropower_via_newtonschulz5(
     G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """Approximately the nearest orthogonal matrix: U S V^T becomes U S' V^T, S' in 0.7 to 1.2.
+    """Approximately the nearest orthogonal matrix: U S V^T becomes U S' V^T, S' near 1.
 
     Each step applies an odd polynomial of degree five to all singular values, with matmuls alone.
     Its coefficients give the steepest slope at zero: small values grow 3.4-fold a step. In return
@@ -977,10 +988,10 @@ def document_block_mask(document: Tensor, window: Tensor) -> BlockMask:
 
     document: number of each token's document, (T,), T a multiple of 128. window: W, 0-d int32.
     Query block i sees the key blocks i - W < j <= i; inside them query q sees key k when k <= q and
-    both are in one document. Block i itself is partly visible. Since documents are numbered in
-    order, the other visible blocks are a run that ends at i - 1, and so are those that are fully
-    visible, which a kernel need not mask, with at most one partly visible block beyond. So all
-    lists are arithmetic.
+    both are in one document. Block i itself is partly visible. Documents are numbered in order, so
+    the other visible blocks are a run that ends at i - 1. If block i lies in one document, its
+    fully visible blocks, which a kernel need not mask, come first in this run; otherwise none is
+    fully visible. So all lists are arithmetic. For the queries of a key, i and j change roles.
     """
     n = len(document) // BLOCK
     first, last = document.view(n, BLOCK)[:, 0], document.view(n, BLOCK)[:, -1]
@@ -1017,7 +1028,8 @@ class GPT(nn.Module):
 
     fp8: matmuls in FP8: "none", "head", or "all", with the hidden ones.
     dtype: of the activations and the embeddings; the other weights are float32.
-    train_seq_len: tokens of a micro-step, on whose number the scale of FP8 gradients depends.
+    train_seq_len: tokens of a micro-step. step_tokens: tokens of a step, over which the loss is
+    averaged; the more there are, the larger the scale of FP8 gradients.
     """
 
     def __init__(
@@ -1030,9 +1042,10 @@ class GPT(nn.Module):
         max_seq_len: int,
         *,
         attention_free_layer: int = 7,
-        fp8: str = "head",
+        fp8: str = "none",
         dtype: torch.dtype = torch.bfloat16,
         train_seq_len: int | None = None,
+        step_tokens: int | None = None,
     ):
         super().__init__()
         self.vocab_size = vocab_size
@@ -1049,16 +1062,17 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(self.num_skips))
         self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128))
         nn.init.zeros_(self.lm_head.weight)
-        self.choose_fp8(fp8)
+        self.choose_fp8(fp8, step_tokens or self.train_seq_len)
 
-    def choose_fp8(self, fp8):
+    def choose_fp8(self, fp8, step_tokens):
         """Decide which matmuls are in FP8, and what their operands are multiplied by.
 
         e4m3 holds up to 448: activations up to 224, head weights up to 0.875, hidden ones up to
         3.5. Squares, the input of an MLP's second layer, are larger than other activations.
         """
-        # A logit's gradient is at most 1 / tokens of a step, which has 8 sequences or more.
-        grad_s = 8 * 2.0**19 * self.train_seq_len / (48 * 1024)
+        # As in record #21. A logit's gradient is at most 1 / step_tokens, scaled at most 10.7. e5m2
+        # reaches from 57344 down to 2**-16.
+        grad_s = 2.0**19 * step_tokens / (48 * 1024)
         for name, layer in self.named_modules():
             if isinstance(layer, CastedLinear):
                 is_head = layer is self.lm_head
@@ -1148,24 +1162,27 @@ def build_model(hp, vocab_size, machine):
         fp8=hp.fp8 if use_fp8 else "none",
         dtype=machine.dtype,
         train_seq_len=hp.train_seq_len,
+        step_tokens=hp.seqs_per_step * hp.train_seq_len,
     )
     return model.to(machine.device)
 
 
 def build_optimizers(model, hp, machine):
     """Adam for the embeddings, the head and the scalars; Muon for the matrices between."""
+    head = [model.lm_head.weight]
     embeds = [*model.embed.parameters(), *model.value_embeds.parameters()]
     scalars = [p for p in model.parameters() if p.ndim < 2]
-    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
+    others = {*head, *embeds, *scalars}
+    matrices = [p for p in model.parameters() if p not in others]
     groups = [
-        dict(params=model.lm_head.parameters(), lr=hp.head_lr),
+        dict(params=head, lr=hp.head_lr),
         dict(params=embeds, lr=hp.embed_lr),
         dict(params=scalars, lr=hp.scalar_lr),
     ]
-    # Gradients of a mean over many tokens are small, and Adam's usual eps of 1e-8 would not be
-    # small beside them. The drawback of 1e-10: while the projections are still zero, the
-    # gradients of the scalars, zero on paper, are rounding errors of 1e-10 to 3e-9, which Adam
-    # turns into full steps. Runs that differ in rounding alone differ from there on.
+    # The betas are those of record #21. Gradients of a mean over many tokens are small, and Adam's
+    # usual eps of 1e-8 would not be small beside them. The drawback of 1e-10: while the projections
+    # are still zero, the gradients of the scalars, zero on paper, are rounding errors of 1e-10 to
+    # 3e-9, which Adam turns into full steps. Runs that differ in rounding alone differ from there.
     adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
     muon = Muon(
         matrices,
@@ -1240,7 +1257,7 @@ class Log:
 
     A line that cannot be written, as on a full disk, is reported once and clears `complete`.
     path: None for no output at all. new: the file must be empty or absent.
-    Raises UserError where it is not, cannot be made, or is being written by another run.
+    Raises UserError if it is not, cannot be made, or is being written by another run.
     """
 
     def __init__(self, path, new):
@@ -1271,13 +1288,14 @@ class Log:
         try:
             self.file.write(text + "\n")
             self.file.flush()
-            if shown:
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
         except OSError as error:
             if self.complete:
                 warn(f"a line of the log is lost ({error.strerror}); training continues.")
             self.complete = False
+        if shown:
+            with contextlib.suppress(OSError):  # such as a closed pipe
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1295,7 +1313,7 @@ def gather_state(optimizer, machine):
     known = [set(state_dict["state"])]
     dist.broadcast_object_list(known, src=0)
     missing = {
-        number: {name: torch.as_tensor(value).cpu() for name, value in entry.items()}
+        number: {k: v.cpu() if torch.is_tensor(v) else v for k, v in entry.items()}
         for number, entry in state_dict["state"].items()
         if number not in known[0]
     }
@@ -1321,7 +1339,7 @@ def save_checkpoint(path, state, keep, warns=True):
     Then delete all but the `keep` newest of the folder, which is this run's own. Returns whether it
     could be written. warns: print a line if not.
     """
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_name("unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
@@ -1329,13 +1347,14 @@ def save_checkpoint(path, state, keep, warns=True):
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        for other in newest_first(path.parent.glob(CHECKPOINT_FILES))[keep:]:
+            other.unlink()
     except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
         if warns:
             warn(f"{path} is not written ({error.__context__ or error}); training continues.")
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()  # makes room
         return False
-    for other in newest_first(path.parent.glob(CHECKPOINT_FILES))[keep:]:
-        other.unlink()
     return True
 
 
@@ -1347,7 +1366,7 @@ def newest_first(paths):
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint in host memory. Loading never executes code of the file.
 
-    Raises UserError where the file is missing, corrupt or not a checkpoint of this script.
+    Raises UserError if the file is missing, corrupt or not a checkpoint of this script.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare its checksums
@@ -1374,21 +1393,22 @@ def newest_checkpoint(hp):
 
 
 def find_checkpoint(hp, config):
-    """The checkpoint of --resume, or (None, {}). Raises UserError where its config differs."""
+    """The checkpoint of --resume, or (None, {}). Raises UserError if its config differs."""
     path, state = None, {}
     if hp.resume == "auto":
         path, state = newest_checkpoint(hp)
     elif hp.resume:
         path, state = Path(hp.resume), load_checkpoint(hp.resume)
     if state:
-        check_equal(config, state["config"], f"{path}; use the same, or another --resume")
+        other = f"{path}; use the same, or another --resume"
+        check_equal(config, state["config"], "this run", other)
     return path, state
 
 
 def load_state(state, network, optimizers):
     """Load a checkpoint's weights, optimizers and random numbers, on any number of processes.
 
-    Raises UserError where it belongs to another network.
+    Raises UserError if it belongs to another network.
     """
     try:
         network.load_state_dict(state["model"])
@@ -1398,7 +1418,9 @@ def load_state(state, network, optimizers):
             for number, entry in state_dict["state"].items():
                 # load_state_dict rounds state to the dtype of its parameter.
                 loaded = optimizer.state.get(parameters[number], {})
-                loaded |= {name: entry[name].to(t.device) for name, t in loaded.items()}
+                for name, value in loaded.items():
+                    if torch.is_tensor(value):
+                        loaded[name] = entry[name].to(value.device)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"the checkpoint is of another network ({type(error).__name__}); resume it with the "
@@ -1450,18 +1472,20 @@ def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperpa
             f"--{field.name}",
             type=parse_bool if field.type is bool else field.type,
             metavar="X",
-            help=f"{meanings.get(field.name)} ({', '.join(values)})",
+            help=f"{meanings.get(field.name)} ({', '.join(values)})".replace("%", "%%"),
             **optional,
         )
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     hp = recipe.Hyperparameters(**recipe.PRESETS[preset] | given)
     hp.check()
+    hp.log_dir = os.path.expanduser(hp.log_dir)
+    hp.resume = os.path.expanduser(hp.resume)
     return hp, preset
 
 
 def check_work(hp, sequences, machine):
-    """Raise UserError where processes cannot share a batch, or a CPU would take weeks.
+    """Raise UserError if processes cannot share a batch, or a CPU would take weeks.
 
     sequences: the number in each step's global batch.
     """
@@ -1484,8 +1508,9 @@ def header(network, machine, hp, facts, source):
     """The start of a log: the script's source, versions, hardware and settings."""
     nvidia_smi = ""
     hardware = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    if machine.is_gpu:
-        nvidia_smi = subprocess.run("nvidia-smi", capture_output=True, text=True).stdout
+    if machine.is_gpu and machine.rank == 0:
+        output = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
+        nvidia_smi = output.stdout
         hardware = torch.cuda.get_device_name()
     facts |= dict(
         python=platform.python_version(),
@@ -1506,12 +1531,14 @@ def warm_up(model, network, optimizers, hp, machine, recipe):
     weights = {name: t.cpu().clone() for name, t in network.state_dict().items()}
     # The last schedule has the longest window, which needs the most memory.
     schedule = recipe.set_schedule(optimizers, hp.num_iterations, hp, machine)
-    ids = torch.arange(hp.val_seq_len, device=machine.device) % network.vocab_size
+    length = max(hp.train_seq_len, hp.val_seq_len)
+    ids = torch.arange(length, device=machine.device) % network.vocab_size
     batch = ids[: hp.train_seq_len].int(), ids[: hp.train_seq_len]
     # A second micro-step, where there is one, needs memory for the gradients of the first as well.
     batches = [batch] * min(2, hp.seqs_per_step // machine.world_size)
-    for step in range(2):
+    for step in range(2):  # a recipe may do other things in odd steps
         recipe.training_step(model, optimizers, batches, schedule, step, False, hp, machine)
+    ids = ids[: hp.val_seq_len]
     with torch.no_grad():
         model.eval()(ids.int(), ids, schedule)
     model.train()
@@ -1571,20 +1598,21 @@ def train(hp, preset, recipe):
     config |= dict(activations=str(machine.dtype), train_shards=train_loader.summary())
     checkpoint, state = find_checkpoint(hp, config)
     first = state.get("step", 0)
-    resumed_id = state.get("run_id")
-    run_id = hp.run_id or resumed_id or time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
-    folder = Path(hp.log_dir).expanduser() / run_id  # of the checkpoints
-    if run_id != resumed_id and machine.rank == 0 and any(folder.glob(CHECKPOINT_FILES)):
+    new_id = time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
+    run_id = hp.run_id or state.get("run_id", new_id)
+    folder = Path(hp.log_dir) / run_id  # of the checkpoints
+    continues = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    if not continues and machine.rank == 0 and any(folder.glob(CHECKPOINT_FILES)):
         raise UserError(
             f"{folder} holds checkpoints of an earlier run; choose another --run_id, or continue "
             "that run with --resume auto."
         )
-    new = run_id != resumed_id and hp.resume != "auto"
-    log = Log(folder.with_name(f"{run_id}.txt") if machine.rank == 0 else None, new)
+    new = not continues and hp.resume != "auto"
+    log = Log(Path(f"{folder}.txt") if machine.rank == 0 else None, new)
     facts = config | dict(
         script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
         torch=torch.__version__,
-        first_step=first,
+        resumed=(state.get("run_id"), first),
         val_shards=val_loader.summary(),
         schedule=(hp.val_loss_every, hp.val_tokens, hp.val_seq_len, hp.save_every),
     )
@@ -1599,6 +1627,7 @@ def train(hp, preset, recipe):
     optimizers = recipe.build_optimizers(network, hp, machine)
     if state:
         load_state(state, network, optimizers)
+        state = dict(ms=state["ms"])  # the rest is a copy of everything in host memory
         log.line(f"resumed from step {first} of {checkpoint}")
     train_loader.position = sum(sequences[:first])
     bar = tqdm(
@@ -1609,7 +1638,6 @@ def train(hp, preset, recipe):
         dynamic_ncols=True,
         disable=None if machine.rank == 0 else True,  # None: where stderr is not a terminal
     )
-    ms = state.get("ms", 0.0)  # of training, without compilation, validation and saving
     loss = math.nan  # of the last step
     stopping = False  # whether a process was asked to stop
     saved = True  # whether the last checkpoint could be written
@@ -1626,15 +1654,18 @@ def train(hp, preset, recipe):
         share = sequences[step] // machine.world_size if step < last else 0
         return [train_loader.next_batch() for _ in range(share)]
 
+    started = time.perf_counter() - state.get("ms", 0.0) / 1000  # without compilation
     batches = next_batches(first)
     with contextlib.closing(bar), stop_signals() as signals:
         for step in range(first, last + 1):
             schedule = recipe.set_schedule(optimizers, step, hp, machine)
+            ms = 1000 * (time.perf_counter() - started)  # of training
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             if step > first:
                 bar.set_postfix_str(f"step {step}, train_loss {loss:.4f}", refresh=False)
                 bar.update(sequences[step - 1] * hp.train_seq_len)
                 report(step, loss, f"{times} train_loss:{loss:.4f}", shown=bar.disable)
+            paused = time.perf_counter()  # during validation and saving
             ends = step == last or (stopping and recipe.can_stop(step))
             if step == last or (due(step, hp.val_loss_every) and not ends):
                 loss = recipe.validate(model, val_loader, schedule, machine)
@@ -1647,19 +1678,20 @@ def train(hp, preset, recipe):
                 checkpoint = path if saved else checkpoint
             if ends:
                 break
-            started = time.perf_counter()
+            started += time.perf_counter() - paused
             result = recipe.training_step(
                 model, optimizers, batches, schedule, step, bool(signals), hp, machine
             )
             batches = next_batches(step + 1)  # while a GPU works
-            loss, stopping = result.tolist()  # waits for all that it was asked for
-            ms += 1000 * (time.perf_counter() - started)
+            loss, stopping = result.tolist()  # waits for all work of this step
 
     if step < last:
         number = signals[0] if signals else signal.SIGTERM  # received by another process
-        how = f"--resume {shlex.quote(str(checkpoint))}" if checkpoint else "(nothing is saved)"
+        how = "nothing is saved without --save_every"
+        if checkpoint:
+            how = f"to continue, add --resume {shlex.quote(str(checkpoint))}"
         if machine.rank == 0:
-            warn(f"stopped by signal {number} after step {step}; to continue, add {how}.")
+            warn(f"stopped by {signal.Signals(number).name} after step {step}; {how}.")
         return 128 + number
     allocated, reserved = machine.peak_memory()
     log.line(f"tokens per second: {bar.total / ms * 1000:.0f}")
@@ -1690,8 +1722,8 @@ def main(argv: list[str] | None = None, recipe=None) -> int:
         code = 2
         warn(
             f"out of memory; --train_seq_len {next_multiple_of_n(hp.train_seq_len / 2, n=BLOCK)} "
-            f"--seqs_per_step {2 * hp.seqs_per_step} trains on the same tokens a step in smaller "
-            "parts, and README.md lists what fits on which card."
+            f"--seqs_per_step {2 * hp.seqs_per_step} trains on as many tokens a step in smaller "
+            "parts, --val_seq_len does the same for validation, and README.md has the cards' flags."
         )
     except BaseException:
         if not dist.is_initialized():

@@ -1,5 +1,6 @@
 """What the tests share: shards and documents made on the spot, small settings, and processes."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -75,6 +77,30 @@ def load_script(path, operators="nanogpt"):
     return module
 
 
+def train(folder, *flags, **changes) -> int:
+    """Train on the CPU, in this process and a folder, with other functions in the recipe."""
+    import train_gpt  # not above: in processes of a run, it is imported or run by the script
+
+    recipe = types.SimpleNamespace(**vars(train_gpt) | changes)
+    with contextlib.chdir(folder), mock.patch.object(torch.cuda, "is_available", lambda: False):
+        return train_gpt.main([*SMALL, *flags], recipe)
+
+
+def contents(folder) -> dict:
+    return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
+
+
+def refused(capsys, folder, *flags, **changes) -> str:
+    """Train, which has to end with one sentence and without a change in the folder."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert train(folder, *flags, **changes) == 2
+    sentence = capsys.readouterr().err
+    assert re.fullmatch(r"train_gpt\.py: [^\n]+\n", sentence)
+    assert contents(folder) == before
+    return sentence
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -137,9 +163,9 @@ class Processes:
         os.kill(self.processes[rank].pid, number)
 
     def wait_for(self, text):
-        """Wait until the log has a text."""
+        """Wait until a text is printed."""
         begin = time.monotonic()
-        while text not in self.log:
+        while text not in self.output:
             assert any(process.is_alive() for process in self.processes), self.output
             assert time.monotonic() - begin < LIMIT, self.output
             time.sleep(0.002)
@@ -148,7 +174,7 @@ class Processes:
         """Wait for the end. Returns the exit codes; that of a signal is negative."""
         begin = time.monotonic()
         while any(process.is_alive() for process in self.processes):
-            failed = any(process.exitcode for process in self.processes)
+            failed = any(process.exitcode in (1, 2) for process in self.processes)
             late = time.monotonic() - begin > LIMIT
             for process in self.processes:
                 if (failed or late) and process.is_alive():

@@ -1,7 +1,7 @@
-"""Slow, obvious twins of every clever part of train_gpt.py, and nothing clever in them.
+"""Slow, obvious reference implementations of every clever part of train_gpt.py.
 
 They are written from the specification and share no line with the script. They work on one matrix,
-one parameter or one whole sequence at a time, in float64 where nothing else is asked for.
+one parameter or one sequence at a time, by default in float64.
 """
 
 import glob
@@ -27,6 +27,29 @@ def dense_mask(ids, boundary, window):
     ).to(ids.device)
 
 
+def block_lists(dense):
+    """The blocks of a dense mask (T, T), as the lists of a BlockMask, sorted by nearness.
+
+    For each query block the partly ("kv") and the fully visible key blocks ("full_kv"), and for
+    each key block the query blocks that see it in part ("q") and in full ("full_q").
+    """
+    n = len(dense) // BLOCK
+    visible_pairs = dense.view(n, BLOCK, n, BLOCK).sum((1, 3))
+    full = visible_pairs == BLOCK**2
+    partial = (visible_pairs > 0) & ~full
+
+    def nearest_first(listed):
+        rows = enumerate(listed.tolist())
+        return [sorted(np.flatnonzero(row).tolist(), key=lambda j: abs(i - j)) for i, row in rows]
+
+    return dict(
+        kv=nearest_first(partial),
+        full_kv=nearest_first(full),
+        q=nearest_first(partial.T),
+        full_q=nearest_first(full.T),
+    )
+
+
 def dense_attention(q, k, v, mask, scale):
     """Softmax attention of q, k, v (..., T, head_dim) under a mask (T, T).
 
@@ -37,21 +60,21 @@ def dense_attention(q, k, v, mask, scale):
 
 
 def rotary(x):
-    """x (T, heads, head_dim), of the same shape and dtype when turned.
+    """x (T, heads, head_dim) to the same shape and dtype.
 
-    The channels c and c + head_dim / 2 are one complex number, which is turned clockwise by its
+    The channels c and c + head_dim / 2 are one complex number, which is rotated clockwise by its
     position times its frequency. The first half of these numbers has frequencies from 1 down to
-    1/1024, and the other half does not turn.
+    1/1024, and the other half is not rotated.
     """
     T, half = len(x), x.size(-1) // 2
-    turning = half // 2
-    frequency = [(1 / 1024) ** (c / (turning - 1)) for c in range(turning)] + [0.0] * turning
+    rotating = half // 2
+    frequency = [(1 / 1024) ** (c / (rotating - 1)) for c in range(rotating)] + [0.0] * rotating
     exact = dict(dtype=torch.float64, device=x.device)
     angle = torch.arange(T, **exact)[:, None, None] * torch.tensor(frequency, **exact)
-    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(
+    rotated = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(
         torch.ones_like(angle), -angle
     )
-    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+    return torch.cat([rotated.real, rotated.imag], dim=-1).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,16 +115,16 @@ def newton_schulz(G, steps):
 
 
 def nearest_orthogonal(G):
-    """U V^T of G = U S V^T, what Newton-Schulz is after."""
+    """U V^T of G = U S V^T, which Newton-Schulz approximates."""
     U, _, Vt = torch.linalg.svd(G.double(), full_matrices=False)
     return U @ Vt
 
 
 class PlainMuon:
-    """One parameter at a time, and of a parameter of three dimensions one matrix at a time.
+    """One matrix at a time; a parameter of three dimensions is a stack of matrices.
 
     Momentum has the textbook's form, buffer = momentum * buffer + grad. For a fixed momentum it
-    differs from Muon's by a constant factor, which the normalisation removes.
+    differs from Muon's by a constant factor, which the normalization removes.
     """
 
     def __init__(self, params, lr, momentum, nesterov=True, ns_steps=5):
@@ -126,7 +149,7 @@ class PlainMuon:
 
 
 class PlainAdam:
-    """Adam as in its paper, of (parameter, learning rate) pairs."""
+    """Adam as in its paper, for (parameter, learning rate) pairs."""
 
     def __init__(self, params_and_rates, betas=(0.8, 0.95), eps=1e-10):
         self.items = []
@@ -161,7 +184,7 @@ def all_tokens(pattern):
 def sequence(tokens, index, seq_len, num_tokens):
     """Inputs and targets of sequence number `index` of the endlessly repeated tokens.
 
-    Targets beyond the run's num_tokens are -100.
+    Targets from number num_tokens on are -100.
     """
     at = index * seq_len + np.arange(seq_len)
     inputs, targets = tokens[at % len(tokens)], tokens[(at + 1) % len(tokens)]
@@ -182,10 +205,10 @@ def momentum(step):
 
 
 def window(step, steps, max_window=1792):
-    """The least number of blocks, at least one, that holds a length which grows with the steps.
+    """The smallest number of blocks, at least one, that holds a length which grows with the step.
 
-    It grows evenly from nothing to 64 tokens short of the longest window, so that the longest
-    window is reached before the last step.
+    It grows linearly from 0 to 64 tokens less than the longest window, so that the longest window
+    is reached before the last step.
     """
     blocks = 1
     while blocks * BLOCK < (max_window - 64) * step / steps:
@@ -194,7 +217,7 @@ def window(step, steps, max_window=1792):
 
 
 # ---------------------------------------------------------------------------------------------
-# Network, from the weights by name, dense and in one piece
+# Network: from the weights by name, with dense attention
 
 
 def rms_norm(x):
@@ -202,7 +225,7 @@ def rms_norm(x):
 
 
 def is_long(layer, num_layers):
-    """Whether a layer sees the long window.
+    """Whether a layer has the long window.
 
     The first and the last layer do, and every fourth, counted from the nearer of these two.
     """
@@ -216,13 +239,13 @@ def gpt_logits(weights, ids, window, *, num_layers, num_heads, head_dim, vocab_s
     short_mask = dense_mask(ids, vocab_size - 1, max(1, window // 2))
     tables = [weights[f"value_embeds.embed.{n}.weight"][ids] for n in range(3)]
     tables = [table.view(T, num_heads, head_dim) for table in tables]
-    # By layer: of the first three and of the last three.
+    # For the first three and for the last three layers.
     value_embeds = dict(enumerate(tables)) | dict(enumerate(tables, num_layers - 3))
     half, stored = num_layers // 2, {}
     x = x0 = rms_norm(weights["embed.weight"][ids])
     for layer in range(num_layers):
         name = f"blocks.{layer}."
-        mirror = num_layers - 1 - layer  # the last layer takes what the first one stored
+        mirror = num_layers - 1 - layer  # the last layer adds what the first one stored
         if mirror < half:
             x = x + weights["skip_weights"][layer - (num_layers - half)] * stored[mirror]
         x = weights[name + "lambdas"][0] * x + weights[name + "lambdas"][1] * x0
@@ -248,14 +271,14 @@ def gpt_logits(weights, ids, window, *, num_layers, num_heads, head_dim, vocab_s
 
 
 def gpt_loss(weights, ids, targets, window, **shape):
-    """Mean of -log p(target) over the targets that count, in nats."""
+    """Mean of -log p(target) in nats over the targets that are not -100."""
     log_p = torch.log_softmax(gpt_logits(weights, ids, window, **shape), dim=-1)
     counts = targets != -100
     return -log_p[counts, targets[counts]].mean()
 
 
 def gpt_loss_and_gradients(weights, ids, targets, window, dtype=torch.float64, **shape):
-    """The loss, and its gradient by every weight's name."""
+    """The loss, and its gradient with respect to each weight, by name."""
     weights = {name: value.detach().to(dtype).requires_grad_() for name, value in weights.items()}
     loss = gpt_loss(weights, ids, targets, window, **shape)
     loss.backward()

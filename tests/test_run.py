@@ -1,309 +1,228 @@
-"""The loop: warm-up without a trace, the same losses from the same seed, the clock, and a whole
-run, from text to a sample. Several processes are the matter of test_distributed.py."""
+"""A run of one process: its log, its clock, its sample, and its end where something is wrong."""
 
-import copy
+import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, SMALL, STEP_LINE, losses, refused, train, write_shard, write_shards
 
 import train_gpt
 
 SCRIPT = ROOT / "train_gpt.py"
-CPU = train_gpt.Machine(torch.device("cpu"), "a test", torch.float32)
-VOCAB = 257
-
-# A run of a few tenths of a second.
-SMALL = dict(
-    train_seq_len=256,
-    val_seq_len=384,
-    seqs_per_step=2,
-    num_layers=6,
-    num_heads=2,
-    head_dim=16,
-    model_dim=32,
-    attention_free_layers=(4,),
-    num_iterations=6,
-    val_tokens=900,
-    val_loss_every=2,
-    max_window=256,
-    dtype="float32",
-    repeat=True,
-)
-
-
-def as_flags(**settings):
-    flags = ["--preset", "tiny"]
-    for name, value in settings.items():
-        flags += [
-            f"--{name}",
-            ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
-        ]
-    return flags
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Flags that find the shards that data/local_text.py made of a few texts."""
-    folder = tmp_path_factory.mktemp("data")
-    for index in range(40):
-        path = folder / "texts" / f"{index}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            f"This is text number {index}. "
-            + "It says the same again and again. " * (15 + index % 7)
-        )
-    script = ROOT / "data" / "local_text.py"
-    made = folder / "shards"
-    subprocess.run([sys.executable, script, folder / "texts", "--out", made], check=True)
-    return dict(train_files=made / "train_*.bin", val_files=made / "val_*.bin")
-
-
-# --------------------------------------------------------------------------------------------------
-# Warm-up
-
-
-def snapshot(model, optimizers):
-    """All that a run goes on from."""
-    return copy.deepcopy(
-        dict(
-            weights=model.state_dict(),
-            grads=[p.grad for p in model.parameters()],
-            training=[m.training for m in model.modules()],
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            lr_mul=[getattr(p, "lr_mul", None) for p in model.parameters()],
-            random=torch.get_rng_state(),
-        )
-    )
-
-
-def assert_identical(a, b, where="state"):
-    """Bit for bit, through all dictionaries and lists."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_identical(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_identical(x, y, f"{where}[{index}]")
-    else:
-        assert a == b, where
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_warm_up_leaves_no_trace(dtype):
-    hp = train_gpt.Hyperparameters(**SMALL | dict(dtype=dtype))
-    model = train_gpt.build_model(hp, VOCAB, CPU)
-    optimizers = train_gpt.build_optimizers(model, hp, CPU)
-    weights = [p.data_ptr() for p in model.parameters()]
-    before = snapshot(model, optimizers)
-    train_gpt.warm_up(model, model, optimizers, hp, CPU)
-    assert_identical(before, snapshot(model, optimizers))
-    assert weights == [p.data_ptr() for p in model.parameters()]  # compiled code has hold of these
-    assert not any(optimizer.state for optimizer in optimizers)
-
-
-def test_warm_up_keeps_what_the_optimizers_remember():
-    """After steps have been taken, as where a run is resumed."""
-    hp = train_gpt.Hyperparameters(**SMALL)
-    model = train_gpt.build_model(hp, VOCAB, CPU)
-    optimizers = train_gpt.build_optimizers(model, hp, CPU)
-    ids = torch.arange(256, dtype=torch.int32)
-    window = train_gpt.set_schedule(optimizers, 3, hp, CPU)
-    for _ in range(2):
-        train_gpt.training_step(model, optimizers, [(ids, ids.long())], window, 1, CPU)
-    before = snapshot(model, optimizers)
-    train_gpt.warm_up(model, model, optimizers, hp, CPU)
-    assert_identical(before, snapshot(model, optimizers))
-
-
-# --------------------------------------------------------------------------------------------------
-# Runs in this process
 
 
 @pytest.fixture
-def run(shards, tmp_path, monkeypatch, capsys):
-    """A function that trains with the small settings and some others, and returns the lines of the
-    log that follow the settings."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    calls = []
-
-    def train(**settings):
-        name = f"run{len(calls)}"
-        calls.append(name)
-        place = dict(log_dir=tmp_path, run_id=name, sample=0)
-        code = train_gpt.main(as_flags(**SMALL | shards | place | settings))
-        assert code == 0, capsys.readouterr().err
-        return body((tmp_path / f"{name}.txt").read_text())
-
-    return train
+def folder(tmp_path):
+    write_shards(tmp_path)
+    return tmp_path
 
 
-RULE = re.compile("^={20,}$", re.MULTILINE)
-
-
-def body(log):
-    """The lines after the settings, which two lines of equal signs enclose."""
-    return RULE.split(log)[-1].strip("\n").splitlines()
-
-
-def step_lines(lines):
-    return [line for line in lines if line.startswith("step:")]
-
-
-def losses(lines):
-    """What was validated and trained, by kind and step."""
-    found = {}
-    for line in lines:
-        if match := re.match(r"step:(\d+)/\d+ .*?(val_loss|train_loss):([\d.]+)", line):
-            found[match[2], int(match[1])] = float(match[3])
-    return found
-
-
-def test_same_seed_gives_the_same_losses_and_another_seed_others(run):
-    first, again, other = losses(run()), losses(run()), losses(run(seed=1))
-    assert len(first) == 6 + 4
-    assert first == again
-    assert first != other
-
-
-def test_warm_up_does_not_change_a_run(run, monkeypatch):
-    with_warm_up = losses(run())
-    monkeypatch.setattr(train_gpt, "warm_up", lambda *args: None)
-    assert with_warm_up == losses(run())
-
-
-def test_training_lowers_the_loss(run):
-    found = losses(run(num_iterations=30, val_loss_every=10))
-    validated = [found["val_loss", step] for step in (0, 10, 20, 30)]
-    assert validated == sorted(validated, reverse=True) and validated[-1] < validated[0] - 1
-
-
-@pytest.mark.parametrize(
-    "every, steps",
-    [(0, [6]), (1, list(range(7))), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (100, [0, 6])],
-)
-def test_steps_that_are_validated(every, steps, run):
-    found = losses(run(val_loss_every=every))
-    assert [step for kind, step in found if kind == "val_loss"] == steps
-    assert [step for kind, step in found if kind == "train_loss"] == [1, 2, 3, 4, 5, 6]
-
-
-def test_clock_stands_still_while_validating(run, monkeypatch):
-    """A validation takes an hour, and a step a second, by a clock that nothing else moves."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def takes(name, seconds):
-        function = getattr(train_gpt, name)
-
-        def slow(*args):
-            now[0] += seconds
-            return function(*args)
-
-        monkeypatch.setattr(train_gpt, name, slow)
-
-    takes("validate", 3600)
-    takes("training_step", 1)
-    lines = run()
-    for line in lines:
-        if match := re.match(r"step:(\d+)/6 .*train_time:(\d+)ms step_avg:([\d.]+)ms", line):
-            step = int(match[1])
-            assert int(match[2]) == 1000 * step, line
-            assert float(match[3]) == (1000 if step else 0), line
-    assert f"tokens per second: {2 * 256}" in "\n".join(lines)
-
-
-def test_log_counts_the_passes_over_the_tokens(run, shards):
-    """Six steps of two sequences of 256 tokens."""
-    files = shards["train_files"].parent.glob("train_*.bin")
-    size = sum(path.stat().st_size - 1024 for path in files) // 2
-    assert f"passes over the training tokens: {6 * 2 * 256 / size:.2f}," in "\n".join(run())
-
-
-# --------------------------------------------------------------------------------------------------
-# Whole runs, as a person starts them
-
-
-def start(command, **environment):
-    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") | environment
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def read_log(folder):
+    return (folder / "logs" / "run.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def whole_run(shards, tmp_path_factory):
-    """A run through the command line: what it printed, and its log."""
-    folder = tmp_path_factory.mktemp("logs")
-    source = SCRIPT.read_text()
-    place = dict(log_dir=folder, run_id="whole", sample=40)
-    result = start([SCRIPT, *as_flags(**SMALL | shards | place)])
-    return result, (folder / "whole.txt").read_text(), source
+def started_by_hand(tmp_path_factory):
+    """The output and the log of a run as a person starts it, where stdout takes only ASCII."""
+    folder = tmp_path_factory.mktemp("by_hand")
+    write_shards(folder)
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *SMALL, "--sample=40"],
+        cwd=folder,
+        env=os.environ | dict(CUDA_VISIBLE_DEVICES="", PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout, read_log(folder)
 
 
-def test_whole_run_succeeds_and_prints_plain_lines(whole_run):
-    result, log, _ = whole_run
-    assert result.returncode == 0, result.stderr
-    assert not set("\r\x1b") & set(result.stdout)  # no bar where there is no terminal
-    assert not result.stderr
-    printed = result.stdout.splitlines()
-    logged = body(log)
-    assert step_lines(printed) == step_lines(logged)
-    assert len(step_lines(logged)) == 10
-
-
-def test_log_begins_with_the_source_and_every_setting(whole_run):
-    _, log, source = whole_run
+def test_log_begins_with_source_versions_and_settings(started_by_hand):
+    source = SCRIPT.read_text(encoding="utf-8")
+    log = started_by_hand[1]
     assert log.startswith(source)
-    settings = RULE.split(log[len(source) :])[1]
-    for name, value in SMALL.items():
-        assert f"{name}: {value}\n" in settings
-    for name in train_gpt.Hyperparameters.__dataclass_fields__:
-        assert f"\n{name}: " in settings
-    for fact in (torch.__version__, sys.version.split()[0], "CPU"):
-        assert fact in settings
+    head, _ = log.removeprefix(source).split("\nstep:0/")
+    hp, preset = train_gpt.parse_arguments([*SMALL, "--sample=40"])
+    values = vars(hp) | dict(preset=preset, torch=torch.__version__, world_size=1)
+    for name, value in values.items():
+        assert f"\n{name}: {value}\n" in head
+    assert re.search(r"\ntrain_shards: 2 shards, 12000 tokens, fingerprint \w+\n", head)
 
 
-# Further fields may follow.
-STEP = re.compile(r"step:(\d+)/6 train_time:\d+ms step_avg:\d+\.\d+ms( \w+:\S+)*")
-VALIDATION = re.compile(
-    r"step:(\d+)/6 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms( \w+:\S+)*"
-)
-PEAK = re.compile(r"peak memory allocated: \d+ MiB reserved: \d+ MiB")
-
-
-def test_log_lines_have_the_public_form_and_order(whole_run):
-    lines = body(whole_run[1])
-    expected = [(VALIDATION, 0)]
-    for step in range(1, 7):
-        expected.append((STEP, step))
-        if step % 2 == 0:
-            expected.append((VALIDATION, step))
-    for line, (form, step) in zip(step_lines(lines), expected, strict=True):
-        assert int(form.fullmatch(line)[1]) == step
-    times = [int(re.search(r"train_time:(\d+)ms", line)[1]) for line in step_lines(lines)]
+def test_log_has_a_line_for_each_step_and_validation(started_by_hand):
+    log = started_by_hand[1]
+    validated = [step for step, _, val_loss in losses(log) if val_loss]
+    assert validated == ["0", "3", "6"]
+    assert [step for step, train_loss, _ in losses(log) if train_loss] == list("123456")
+    assert log.count("\nstep:") == 9
+    times = [int(match["ms"]) for match in STEP_LINE.finditer(log)]
     assert times == sorted(times)
-    (peak,) = [index for index, line in enumerate(lines) if PEAK.fullmatch(line)]
-    assert peak > lines.index(step_lines(lines)[-1])
 
 
-def test_run_ends_with_a_sample(whole_run):
-    result, log, _ = whole_run
-    assert "sample: " in result.stdout and "sample: " in log
-    assert result.stdout.index("sample: ") > result.stdout.index("step:6/6 val_loss")
+def test_log_ends_with_peak_memory_sample_and_path(started_by_hand):
+    end = r"\npeak memory allocated: \d+ MiB reserved: \d+ MiB\nsample: .*\nlog: logs/run.txt\n"
+    assert re.search(end + "$", started_by_hand[1], re.DOTALL)
 
 
-def test_log_without_a_sample_ends_with_the_peak_memory_and_its_own_path(run, tmp_path):
-    *_, peak, path, plot = run()
-    assert PEAK.fullmatch(peak)
-    assert path == f"log: {tmp_path / 'run0.txt'}"
-    assert plot == f"to plot it: python records/compare.py {tmp_path / 'run0.txt'} --plot"
+def test_ascii_terminal_shows_all_but_the_characters_it_lacks(started_by_hand):
+    output, log = started_by_hand
+    assert "\N{REPLACEMENT CHARACTER}" in log
+    assert log.encode("ascii", "replace").decode().endswith(output)
+
+
+def test_logged_losses_equal_steps_by_hand(folder, monkeypatch):
+    """The warm-up leaves no trace, and each step has its own batch and schedule."""
+    assert train(folder, "--val_loss_every=0") == 0
+    monkeypatch.chdir(folder)
+    hp, _ = train_gpt.parse_arguments(SMALL)
+    machine = train_gpt.Machine(torch.device("cpu"), torch.float32)
+    loader, _ = train_gpt.open_loaders(hp, machine)
+    model = train_gpt.build_model(hp, loader.vocab_size, machine)
+    optimizers = train_gpt.build_optimizers(model, hp, machine)
+    expected = []
+    for step in range(hp.num_iterations):
+        schedule = train_gpt.set_schedule(optimizers, step, hp, machine)
+        batches = [loader.next_batch() for _ in range(hp.seqs_per_step)]
+        loss, _ = train_gpt.training_step(
+            model, optimizers, batches, schedule, step, False, hp, machine
+        )
+        expected.append(f"{loss:.4f}")
+    assert [train_loss for _, train_loss, _ in losses(read_log(folder))[:-1]] == expected
+
+
+def test_clock_excludes_validation_and_saving(folder, monkeypatch):
+    """Each takes an hour, and a step a second, by a clock that nothing else moves."""
+    now = 0.0
+
+    def slow(function, seconds):
+        def wrapped(*args):
+            nonlocal now
+            now += seconds
+            return function(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch, "save", slow(torch.save, 3600))
+    changes = dict(
+        validate=slow(train_gpt.validate, 3600), training_step=slow(train_gpt.training_step, 1)
+    )
+    assert train(folder, "--save_every=2", **changes) == 0
+    for match in STEP_LINE.finditer(read_log(folder)):
+        assert float(match["ms"]) == 1000 * int(match["step"])
+    assert now > 6 * 3600
+
+
+TIKTOKEN = SimpleNamespace(get_encoding=lambda name: SimpleNamespace(decode=lambda _: f"by {name}"))
+
+
+@pytest.mark.parametrize(
+    "vocab_size, module, pattern",
+    [(50257, TIKTOKEN, "by gpt2"), (50257, None, r"\[\d+, .*\]"), (300, TIKTOKEN, r"\[\d+, .*\]")],
+)
+def test_sample_is_text_or_numbers(vocab_size, module, pattern, tmp_path, monkeypatch):
+    """Numbers where the tokenizer is not known, or not installed."""
+    write_shards(tmp_path, vocab_size=vocab_size)
+    monkeypatch.setitem(sys.modules, "tiktoken", module)
+    flags = "--model_dim=16 --head_dim=16 --val_tokens=1 --num_iterations=1 --seqs_per_step=1"
+    assert train(tmp_path, *flags.split(), "--sample=8") == 0
+    assert re.search(f"\nsample: {pattern}\nlog: ", read_log(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------
+# What is wrong
+
+
+def test_used_run_id_is_refused(folder, capsys):
+    assert train(folder, "--save_every=3") == 0
+    log = folder / "logs" / "run.txt"
+    log.rename(folder / "result.txt")
+    assert "holds checkpoints of an earlier run" in refused(capsys, folder, "--save_every=3")
+    (folder / "result.txt").rename(log)
+    (folder / "logs" / "run").rename(folder / "checkpoints")
+    assert "run.txt exists" in refused(capsys, folder)
+
+
+def test_validation_shard_among_training_shards_is_refused(folder, capsys):
+    assert "val_0.bin" in refused(capsys, folder, "--train_files=*.bin")
+
+
+def test_log_folder_that_cannot_be_made_is_refused(folder, capsys):
+    assert "--log_dir" in refused(capsys, folder, "--log_dir=train_0.bin/logs")
+
+
+def test_log_folder_is_found_in_the_home_folder(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(folder))
+    assert train(folder, "--log_dir=~/mine", "--save_every=6") == 0
+    assert (folder / "mine" / "run.txt").exists()
+    assert train(folder, "--log_dir=~/mine", "--resume=auto") == 0
+    assert "resumed from step 6" in capsys.readouterr().out
+
+
+@pytest.fixture
+def limit():
+    """A function that limits a resource of this process during a test."""
+    before = {}
+
+    def set_limit(name, soft):
+        before[name] = resource.getrlimit(name)
+        resource.setrlimit(name, (soft, before[name][1]))
+
+    yield set_limit
+    for name, limits in before.items():
+        resource.setrlimit(name, limits)
+
+
+def test_more_shards_than_open_files_are_read(folder, limit):
+    for number in range(100):
+        write_shard(folder / f"train_{number}.bin", range(200))
+    limit(resource.RLIMIT_NOFILE, 64)
+    assert train(folder) == 0
+
+
+def test_full_disk_is_reported_and_training_continues(folder, limit, capsys):
+    """Once for the log and once for checkpoints. The exit code is 1."""
+
+    def training_step(*args):
+        if args[4] == 3:  # the fourth step
+            limit(resource.RLIMIT_FSIZE, (folder / "logs" / "run.txt").stat().st_size + 10)
+        return train_gpt.training_step(*args)
+
+    assert train(folder, "--save_every=1", training_step=training_step) == 1
+    output, error = capsys.readouterr()
+    assert re.fullmatch(
+        "a line of the log is lost .*; training continues.\n"
+        "logs/run/step_00000004.pt is not written .*; training continues.\n",
+        error,
+    )
+    assert "\nstep:6/6 val_loss" in output
+    assert [path.name for path in sorted(folder.glob("logs/run/*"))] == [
+        "step_00000002.pt",
+        "step_00000003.pt",
+    ]
+
+
+def nan_in_fourth_step(*args):
+    return train_gpt.training_step(*args) * (math.nan if args[4] == 3 else 1)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(training_step=nan_in_fourth_step), ["step 4 is nan", "run/step_00000003.pt"]),
+        (dict(validate=lambda *_: math.inf), ["step 0 is inf", "the last checkpoint: none"]),
+    ],
+)
+def test_loss_that_is_not_finite_ends_the_run(changes, words, folder, capsys):
+    assert train(folder, "--save_every=1", **changes) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("train_gpt.py: the loss after ") and sentence.count("\n") == 1
+    assert all(word in sentence for word in words)
+    assert not (folder / "logs" / "run" / "step_00000004.pt").exists()
