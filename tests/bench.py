@@ -9,6 +9,7 @@ clock on a CPU: the median and the quartiles of 20 calls.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ DOCUMENT = 700  # tokens, about the mean of FineWeb
 
 
 def clock(function, repetitions: int = 20, before=lambda: None) -> list[float]:
-    """Milliseconds of each call of `function`. `before` is called before it, outside of the time."""
+    """Milliseconds of each call of `function`, without that of `before`, which comes before it."""
     times = []
     for _ in range(repetitions):
         before()
@@ -121,19 +122,19 @@ def profile(step: MicroStep, top: int):
 class Subject:
     """A script with its settings, network and optimizers. flags: its command line."""
 
-    def __init__(self, path, flags, operators="nanogpt"):
-        self.script = helpers.load_script(path, operators)
-        base = getattr(self.script, "train_gpt", self.script)  # what a recipe builds on
-        recipe = [] if base is self.script else [self.script]
+    def __init__(self, script, flags):
+        self.script = script
+        base = getattr(script, "train_gpt", script)  # what a recipe builds on
+        recipe = [] if base is script else [script]
         self.hp, preset = base.parse_arguments(flags, *recipe)
         if hasattr(base, "detect_machine"):
-            base.configure_torch(self.script.SOURCE)
+            base.configure_torch(script.SOURCE)
             self.machine = base.detect_machine(self.hp.dtype)
         else:  # before November 2026
             self.machine = base.Machine.detect()
         self.vocab_size = 257 if preset == "tiny" else base.GPT2_VOCAB
-        self.network = self.script.build_model(self.hp, self.vocab_size, self.machine)
-        self.optimizers = self.script.build_optimizers(self.network, self.hp, self.machine)
+        self.network = script.build_model(self.hp, self.vocab_size, self.machine)
+        self.optimizers = script.build_optimizers(self.network, self.hp, self.machine)
         self.model = compiled(self.network)
 
     def batch(self, length):
@@ -147,47 +148,52 @@ class Subject:
 
 
 def parts(subject: Subject, step: MicroStep):
-    """Times of a micro-step, the optimizers, a whole step and a validation sequence."""
-    hp, model = subject.hp, subject.model
+    """Times of a micro-step, of the optimizers and of a whole step."""
+    hp = subject.hp
     show("forward", clock(step.forward))
     show("backward", clock(step.backward, before=step.forward))
     for optimizer in subject.optimizers:
         show(f"{type(optimizer).__name__}, a step", clock(optimizer.step))
     *sequence, schedule = step.batch
-    batches = [sequence] * hp.seqs_per_step
-    steps = clock(
-        lambda: subject.script.training_step(
-            model, subject.optimizers, batches, schedule, 1, False, hp, subject.machine
-        )
-    )
-    show(f"a step of {hp.seqs_per_step} sequences of {hp.train_seq_len}", steps)
-    rate = 1000 * hp.seqs_per_step * hp.train_seq_len / statistics.median(steps)
-    names = subject.network.named_parameters()
-    matrices = sum(p.numel() for name, p in names if p.ndim > 1 and "embed" not in name)
-    print(f"{rate:.0f} tokens/s, {6 * matrices * rate / 1e12:.1f} TFLOP/s without attention")
-    batch = subject.batch(hp.val_seq_len)
-    with torch.no_grad():
-        model.eval()
-        show(f"validation, {hp.val_seq_len} tokens", clock(lambda: model(*batch)))
-        model.train()
+    work = subject.model, subject.optimizers, [sequence] * hp.seqs_per_step, schedule
+    one_step = functools.partial(subject.script.training_step, *work, 1, False, hp, subject.machine)
+    times = clock(one_step)
+    show(f"a step of {hp.seqs_per_step} sequences of {hp.train_seq_len}", times)
+    rate = 1000 * hp.seqs_per_step * hp.train_seq_len / statistics.median(times)
+    weights = subject.network.named_parameters()
+    matrices = sum(p.numel() for name, p in weights if p.ndim > 1 and "embed" not in name)
+    print(f"{rate:.0f} tokens/s, {6e-12 * matrices * rate:.3g} TFLOP/s without attention")
+
+
+@torch.no_grad()
+def validation(subject: Subject):
+    """Time of a validation sequence."""
+    model = subject.model.eval()
+    batch = subject.batch(subject.hp.val_seq_len)
+    model(*batch)
+    show(f"validation, {subject.hp.val_seq_len} tokens", clock(lambda: model(*batch)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--script", default=ROOT / "train_gpt.py", help="train_gpt.py or a recipe")
     parser.add_argument("--versus", metavar="OLD.py", help="another version of the script")
+    parser.add_argument("--micro_step", action="store_true", help="and nothing else")
     parser.add_argument("--profile", type=int, default=0, help="number of kernels to print")
     arguments, flags = parser.parse_known_args()
     if not GPU and "--preset" not in flags:
         flags += ["--preset", "tiny"]
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if GPU else 'CPU'}")
-    subject = Subject(arguments.script, flags)
+    subject = Subject(helpers.load_script(arguments.script), flags)
     step = subject.micro_step("new" if arguments.versus else "ours")
     if arguments.versus:
-        other = Subject(arguments.versus, flags, "other")
+        other = Subject(helpers.load_script(arguments.versus, "other"), flags)
         in_turns(step, other.micro_step("old"))
+    elif arguments.micro_step:
+        show("forward and backward", clock(step))
     else:
         parts(subject, step)
+        validation(subject)
     if arguments.profile:
         profile(step, arguments.profile)
 

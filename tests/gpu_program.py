@@ -50,7 +50,7 @@ int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) {
 
 with tempfile.TemporaryDirectory() as folder:  # it has to be loaded before torch
     library = Path(folder, "libcuda.so.1")
-    flags = "-shared -fPIC -w -Wl,-soname,libcuda.so.1 -xc -".split()
+    flags = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-xc", "-"]
     subprocess.run(["cc", "-o", library, *flags], input=SHIM.encode(), check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
@@ -63,7 +63,7 @@ from torch._inductor.graph import GraphLowering  # noqa: E402
 from torch._inductor.runtime import triton_helpers  # noqa: E402
 from torch._inductor.scheduler import SchedulerNode  # noqa: E402
 from torch._inductor.virtualized import V  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch._subclasses import fake_tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
@@ -159,7 +159,8 @@ def pretend(capability, card, graphs, sources):
     )
     driver.set_active(types.SimpleNamespace(**{n: constant(a) for n, a in answers.items()}))
     triton_helpers.set_driver_to_gpu = constant(None)
-    FakeTensorMode.avoid_device_init = True
+    fake_tensor.FakeTensorMode.avoid_device_init = True
+    fake_tensor.init_gpu_context = constant(None)
     config.compile_threads = 1
     config.force_disable_caches = True
     config.use_static_cuda_launcher = False
@@ -226,7 +227,7 @@ def lower(recipe, hp, capability):
     machine = train_gpt.Machine(device, torch.bfloat16)
     # Fake parameters cannot be moved, so they are made where they will be.
     torch.nn.Module.to = lambda module, device: module
-    with FakeTensorMode(allow_non_fake_inputs=True), device:
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), device:
         network = recipe.build_model(hp, VOCAB_SIZE, machine)
         optimizers = recipe.build_optimizers(network, hp, machine)
         schedule = recipe.set_schedule(optimizers, hp.num_iterations, hp, machine)
