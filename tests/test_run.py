@@ -115,6 +115,7 @@ def test_clock_excludes_validation_and_saving(folder, monkeypatch):
         validate=slow(train_gpt.validate, 3600), training_step=slow(train_gpt.training_step, 1)
     )
     assert train(folder, "--save_every=2", **changes) == 0
+    assert train(folder, "--resume=logs/run/step_00000004.pt", **changes) == 0
     for match in STEP_LINE.finditer(read_log(folder)):
         assert float(match["ms"]) == 1000 * int(match["step"])
     assert now > 6 * 3600
