@@ -301,7 +301,7 @@ def adam_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, numbers: Tensor):
 
 @functools.cache
 def compiled(function):
-    """One kernel for tensors of any size, instead of a dozen with their temporaries."""
+    """One kernel for matrices of any size, instead of a dozen: the tables are large."""
     return torch.compile(function, dynamic=True)
 
 
@@ -324,9 +324,9 @@ class CautiousAdam(torch.optim.Optimizer):
                 if p not in self.state:
                     zeros = torch.zeros_like(p, dtype=numbers.dtype)
                     self.state[p] = dict(m=zeros, v=zeros.clone())
-                tensors = p, p.grad, self.state[p]["m"], self.state[p]["v"]
-                update = compiled(adam_update) if p.is_cuda else adam_update
-                update(*(t.view(-1) for t in tensors), numbers)
+                update = compiled(adam_update) if p.is_cuda and p.ndim == 2 else adam_update
+                # The shape of a Parameter would be part of the compiled code; that of p.data is not.
+                update(p.data, p.grad, self.state[p]["m"], self.state[p]["v"], numbers)
 
 
 # --------------------------------------------------------------------------------------------------
