@@ -22,55 +22,50 @@ VAL, TRAIN_1, TRAIN_2 = (
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Lists and serves `server.files`; at a shard's next download, commits its `server.faults`."""
+    """Lists and serves `server.files`. A shard's next download has the fault in `server.faults`."""
 
     def log_message(self, *_):
         pass
 
-    def reply(self, status, body=b"", **headers):
+    def reply(self, status, body, headers):
         self.send_response(status)
-        for name, value in ({"Content-Length": len(body)} | headers).items():
-            self.send_header(name.replace("_", "-"), str(value))
+        for header in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(*header)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        files = [self.entry(*item) for item in self.server.files.items()]
         if self.server.dataset not in path:
-            self.reply(404, X_Error_Code="RepoNotFound")
+            self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
         elif "/resolve/" in path:
             self.send_shard(path.rpartition("/")[2])
-        elif "/tree/" in path:
-            self.reply(200, json.dumps(files).encode())
         else:
+            files = [self.entry(*item) for item in self.server.files.items()]
             info = {"id": self.server.dataset, "sha": "a" * 40, "siblings": files}
-            self.reply(200, json.dumps(info).encode())
+            self.reply(200, json.dumps(files if "/tree/" in path else info).encode(), {})
 
     do_HEAD = do_GET
 
     def entry(self, name, body):
         sha256 = hashlib.sha256(body).hexdigest()
-        sizes = {"size": len(body), "pointerSize": 134}
-        file = {"type": "file", "path": name, "rfilename": name, "oid": sha256}
-        return file | sizes | {"lfs": sizes | {"oid": sha256, "sha256": sha256}}
+        file = {"type": "file", "path": name, "rfilename": name, "oid": sha256, "size": len(body)}
+        return file | {"lfs": {"sha256": sha256, "pointerSize": 134} | file}
 
     def send_shard(self, name):
         body = self.server.files[name]
+        headers = {"X-Repo-Commit": "a" * 40, "ETag": name, "Content-Length": str(len(body))}
         fault = self.server.faults.get(name)
-        headers = {"X_Repo_Commit": "a" * 40, "ETag": name, "Content_Length": len(body)}
         if fault == "gated":
-            return self.reply(403, X_Error_Code="GatedRepo")
-        if self.command == "GET":
-            self.server.downloads.append(name)
-            self.server.faults.pop(name, None)
-            if fault:
-                body = body[: len(body) // 2]
-            if fault == "wrong size":
-                headers["Content_Length"] = len(body)
-        self.reply(200, body, **headers)
-        if fault == "wait" and self.command == "GET":
+            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
+        if self.command == "HEAD":
+            return self.reply(200, b"", headers)
+        self.server.downloads.append(name)
+        if self.server.faults.pop(name, None):
+            body = body[: len(body) // 2]
+        self.reply(200, body, {"Content-Length": str(len(body))} if fault == "short" else headers)
+        if fault == "wait":
             self.server.waiting.set()
             time.sleep(60)
 
@@ -80,8 +75,8 @@ def hub(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.dataset = "kjj0/fineweb10B-gpt2"
         server.files = {
-            name: write_shard(tmp_path / name, range(size), 50257).read_bytes()
-            for name, size in ((VAL, 50_000), (TRAIN_1, 50_001), (TRAIN_2, 50_002))
+            name: write_shard(tmp_path / name, range(50_000), 50257).read_bytes()
+            for name in (VAL, TRAIN_1, TRAIN_2)
         }
         server.faults = {}
         server.downloads = []
@@ -101,12 +96,11 @@ def folder(tmp_path):
 
 def start(hub, folder, *arguments, before=(sys.executable,), **environment):
     """Start the script with a client that knows this hub only."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    ours |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "NO_PROXY": "*"}
-    ours |= {"HF_HOME": str(folder.parent / "home")} | environment
+    url = f"http://127.0.0.1:{hub.server_port}"
+    ours = {"PATH": os.environ["PATH"], "HF_ENDPOINT": url, "HF_HOME": str(folder.parent)}
     command = [*before, folder.parent / SCRIPT.name, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ours, **pipes)
+    return subprocess.Popen(command, env=ours | environment, **pipes)
 
 
 def run(*arguments, code=0, **options):
@@ -132,7 +126,6 @@ def test_shards_are_downloaded_once_despite_a_broken_connection(hub, folder):
 
 def test_other_dataset_has_its_own_folder(hub, folder):
     hub.dataset = "kjj0/finewebedu10B-gpt2"
-    hub.files = {name.replace("web", "webedu"): body for name, body in hub.files.items()}
     run(hub, folder, "--dataset", hub.dataset)
     assert shards(folder.with_name("finewebedu10B")) == hub.files
 
@@ -140,7 +133,7 @@ def test_other_dataset_has_its_own_folder(hub, folder):
 @pytest.mark.parametrize(
     "fault, arguments, words",
     [
-        ("wrong size", [1], TRAIN_1),
+        ("short", [1], TRAIN_1),
         ("gated", [1], "accept its terms"),
         ("", [9], "*_train_000003.bin"),
         ("", ["--dataset", "a/b"], "no dataset a/b"),
