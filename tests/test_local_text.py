@@ -30,26 +30,26 @@ def texts(tmp_path, monkeypatch):
     return documents
 
 
-def make(*arguments, out=OUT):
-    local_text.main(["--out", str(out), *map(str, arguments)])
+def make(*arguments):
+    local_text.main(["--out", str(OUT), *map(str, arguments)])
 
 
-def refused(capsys, *arguments, out=OUT):
+def refused(capsys, *arguments):
     """Call the script, which has to exit with one sentence. Returns it."""
     with pytest.raises(SystemExit) as ended:
-        make(*arguments, out=out)
+        make(*arguments)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1
     return error
 
 
-def contents(folder=OUT):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents():
+    return {path.name: path.read_bytes() for path in OUT.iterdir()}
 
 
-def documents_of(split, out=OUT, boundary=256):
+def documents_of(split, boundary=256):
     """The documents of a split, as lists of tokens, from shards of one vocabulary."""
-    shards = [np.fromfile(path, "<u2") for path in sorted(out.glob(f"{split}_*.bin"))]
+    shards = [np.fromfile(path, "<u2") for path in sorted(OUT.glob(f"{split}_*.bin"))]
     for shard in shards:
         assert shard[:8].view("<i4").tolist() == [20240520, 1, len(shard) - 512, boundary + 1]
     tokens = np.concatenate([shard[512:] for shard in shards])
@@ -58,9 +58,9 @@ def documents_of(split, out=OUT, boundary=256):
     return [document[1:].tolist() for document in documents]
 
 
-def text_of(split="*", out=OUT):
+def text_of(split="*"):
     """The documents of a split, or of both, sorted."""
-    return sorted(bytes(document).decode() for document in documents_of(split, out))
+    return sorted(bytes(document).decode() for document in documents_of(split))
 
 
 def test_each_document_is_in_one_split_in_an_order_of_the_seed(texts):
@@ -84,10 +84,9 @@ def test_tails_of_few_documents_are_for_validation(texts, count):
     assert all(0 < tail <= 1 + len(text.encode()) * 0.05 for text, tail in joined.items())
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_no_split_is_empty(fraction):
-    make("in", "--val_fraction", fraction)
-    assert documents_of("train") and documents_of("val")
+def test_something_is_left_to_train_on():
+    make("in", "--val_fraction", 0.99)
+    assert len(documents_of("train")) == 1
 
 
 def test_every_kind_of_input_gives_the_same_shards(texts):
