@@ -12,16 +12,16 @@ call=${1:-}
 python=${PYTHON:-python3}
 out=${OUT:-logs/gpu}
 mkdir -p "$out"
-micro=() modern=() docs=() tiny=() kill_at=300
+micro=() modern=() docs=() tiny=() kill_at=300 patience=1
 if [ "${2:-}" = --rehearse ]; then
     export CUDA_VISIBLE_DEVICES=
     micro=(--preset tiny --num_layers 12 --attention_free_layer 7 --num_heads 1 --head_dim 128 --model_dim 128 --dtype float32
         --train_seq_len 256 --val_seq_len 256 --seqs_per_step 1)
     modern=(--preset tiny)
-    docs=(--preset tiny --model_dim 32 --num_heads 1 --head_dim 32 --seqs_per_step 1 --val_tokens 4096 --num_iterations 6
-        --val_loss_every 3)
+    docs=(--preset tiny --model_dim 32 --num_heads 1 --head_dim 32 --train_seq_len 256 --val_seq_len 256 --seqs_per_step 1
+        --val_tokens 512 --num_iterations 6 --val_loss_every 3 --sample 0)
     tiny=(--model_dim 32 --num_heads 1 --head_dim 32 --num_iterations 20 --val_loss_every 10 --save_every 5)
-    kill_at=8
+    kill_at=8 patience=10
 elif [ "$call" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: no GPU for $python; set PYTHON, or add --rehearse" >&2
     exit 2
@@ -30,7 +30,7 @@ fi
 stage() { # NAME SECONDS COMMAND ...: run it with its output in $out/NAME.txt, and print the last lines
     local name=$1 limit=$2 code
     shift 2
-    timeout --kill-after 10 "$limit" "$@" > "$out/$name.txt" 2>&1
+    timeout --kill-after 10 $((limit * patience)) "$@" > "$out/$name.txt" 2>&1
     code=$?
     printf '== %s: exit code %d after %d s in all\n' "$name" "$code" "$SECONDS"
     grep -v train_loss "$out/$name.txt" | tail -n 12 | cut -c 1-150
