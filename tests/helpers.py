@@ -24,7 +24,7 @@ SMALL = (
     "--preset tiny --model_dim 32 --num_heads 1 --head_dim 32 --max_window 128 --train_seq_len 128 "
     "--val_seq_len 256 --val_tokens 512 --num_iterations 6 --val_loss_every 3 --sample 0 "
     "--dtype float32 --run_id run --train_files train_*.bin --val_files val_*.bin"
-).split()
+).split()  # noqa: SIM905
 
 STEP_LINE = re.compile(
     r"^step:(?P<step>\d+)/(?P<last>\d+)(?: val_loss:(?P<val_loss>\S+))? train_time:(?P<ms>\d+)ms "
