@@ -355,7 +355,8 @@ def sum_gradients(parameters, owner: dict[Tensor, int], extra: Tensor, machine: 
     for handle in handles:
         handle.wait()
     extra, *sums = flat.split([len(extra), *(grad.numel() for grad in small)])
-    torch._foreach_copy_(small, [t.view_as(grad) for t, grad in zip(sums, small, strict=True)])
+    for grad, total in zip(small, sums, strict=True):
+        grad.copy_(total.view_as(grad))
     return extra
 
 
@@ -557,13 +558,17 @@ class DistributedDataLoader:
         return self.sequence(index)
 
 
-def open_loaders(hp: Hyperparameters, machine: Machine) -> tuple:
-    """The loaders of the training and of the validation tokens. Raises UserError."""
+def open_loaders(hp, machine, train_class=DistributedDataLoader, num_sequences=None) -> tuple:
+    """The loaders of the training and of the validation tokens. Raises UserError.
+
+    num_sequences: that the run trains on, by default the same number in every step.
+    """
+    num_sequences = num_sequences or hp.num_iterations * hp.seqs_per_step
     share = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
-    train_loader = DistributedDataLoader(
+    train_loader = train_class(
         hp.train_files,
         hp.train_seq_len,
-        num_tokens=hp.num_iterations * hp.seqs_per_step * hp.train_seq_len,
+        num_tokens=num_sequences * hp.train_seq_len,
         repeat=hp.repeat,
         shuffle=hp.shuffle,
         **share,
@@ -744,6 +749,8 @@ class Muon(torch.optim.Optimizer):
     much as wide ones.
     """
 
+    zeropower = staticmethod(zeropower_via_newtonschulz5)
+
     def __init__(
         self,
         params,
@@ -820,7 +827,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         if group["nesterov"]:
             buffers = torch._foreach_lerp(grads, buffers, group["momentum"])
-        return zeropower_via_newtonschulz5(torch.stack(buffers), group["ns_steps"], self.dtype)
+        return self.zeropower(torch.stack(buffers), group["ns_steps"], self.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -983,22 +990,24 @@ def window_pattern(num_layers: int) -> str:
     return half[: (num_layers + 1) // 2] + half[: num_layers // 2][::-1]
 
 
-def document_block_mask(document: Tensor, window: Tensor) -> BlockMask:
+def document_block_mask(document: Tensor, window: Tensor, exact: bool = False) -> BlockMask:
     """The mask of causal attention within documents and a window of blocks.
 
     document: number of each token's document, (T,), T a multiple of 128. window: W, 0-d int32.
     Query block i sees the key blocks i - W < j <= i; inside them query q sees key k when k <= q and
-    both are in one document. Block i itself is partly visible. Documents are numbered in order, so
-    the other visible blocks are a run that ends at i - 1. If block i lies in one document, its
-    fully visible blocks, which a kernel need not mask, come first in this run; otherwise none is
-    fully visible. So all lists are arithmetic. For the queries of a key, i and j change roles.
+    both are in one document. exact: it sees k from q - 128 W on instead. Block i itself is partly
+    visible. Documents are numbered in order, so the other visible blocks are a run that ends at
+    i - 1. If block i lies in one document, its fully visible blocks, which a kernel need not mask,
+    come first in this run; otherwise none is fully visible. So all lists are arithmetic. For the
+    queries of a key, i and j change roles.
     """
     n = len(document) // BLOCK
     first, last = document.view(n, BLOCK)[:, 0], document.view(n, BLOCK)[:, -1]
     j = torch.arange(n, dtype=torch.int32, device=document.device)
     i = j[:, None]
     near = (j < i) & (j > i - window)
-    some_pair = near & (last == first[:, None])  # j ends in the document in which i starts
+    some_near = near | (j == i - window) if exact else near
+    some_pair = some_near & (last == first[:, None])  # j ends in the document in which i starts
     every_pair = near & (first == last[:, None])  # j starts in the document in which i ends
 
     def nearest_first(dim, direction):
@@ -1012,7 +1021,8 @@ def document_block_mask(document: Tensor, window: Tensor) -> BlockMask:
         return [t[None, None] for t in lists]
 
     def causal_in_document(b, h, q, k):
-        return (k <= q) & (document[q] == document[k])
+        visible = (k <= q) & (document[q] == document[k])
+        return visible & (q - k <= BLOCK * window) if exact else visible
 
     keys = nearest_first(1, -1)
     queries = nearest_first(0, 1)
@@ -1670,7 +1680,8 @@ def train(hp, preset, recipe):
             if step == last or (due(step, hp.val_loss_every) and not ends):
                 loss = recipe.validate(model, val_loader, schedule, machine)
                 report(step, loss, f"val_loss:{loss:.4f} {times}")
-            if step > first and hp.save_every and (ends or due(step, hp.save_every)):
+            saves = ends or (due(step, hp.save_every) and recipe.can_stop(step))
+            if step > first and hp.save_every and saves:
                 path = folder / f"step_{step:08d}.pt"
                 state = dict(step=step, run_id=run_id, ms=ms, config=config)
                 state |= training_state(network, optimizers, machine)

@@ -1,8 +1,9 @@
-"""Read NanoGPT speedrun logs, ours or the public ones, and say what they prove.
+"""Read NanoGPT speedrun logs, ours or the public ones, and print what they prove.
 
     python records/compare.py records                     # every .txt and .log below a folder
     python records/compare.py old.log new/ --sort loss --target 3.28
     python records/compare.py --vs baseline/ candidate/ --at 3.30
+    python records/compare.py results/ --rule benchmark --step 3250
     python records/compare.py records --plot              # loss curves, in curves.png
     python records/compare.py records --json > runs.json
 
@@ -10,23 +11,33 @@
     new/seed 0.txt      1770   3.27880   179.828         101.60       30724     8
     new/seed 1.txt  900/1770   3.61000    91.000         101.11           -     8  unfinished
 
-A run's result is its last validation. A folder with several runs gets a summary line: mean, spread,
-and whether "mean loss <= target" is proven, that is p < 0.01 in a one-sided one-sample t-test; if
-not, how many more runs would prove it, were their mean and standard deviation the same. A run that
-stops before its last step is shown as unfinished and counted, but no statistic uses it. Listing
-needs only Python; p-values and intervals need scipy, plots need matplotlib; both are pinned in
-records/requirements.txt.
+A run's result is its last validation. Runs of a folder that share script, settings and data are a
+group; seed, machine and settings that do not change the result may differ. Each group has a summary
+line: mean, spread, and whether "mean loss <= target" is proven, that is p < 0.01 in a one-sided
+one-sample t-test; if not, how many more runs would prove it, were their mean and standard deviation
+the same. An unfinished run is counted, but no statistic uses it. Files whose last validations agree
+in step, loss and time are copies of one run, of which one counts.
+
+--rule benchmark applies the rules of the public optimizer benchmark instead: a z-test with a known
+standard deviation, at a validation that all runs of a group have, their last one or not.
+https://github.com/KellerJordan/modded-nanogpt/tree/master/records/track_3_optimization#rules
+
+Listing and --rule benchmark need only Python; p-values and intervals need scipy, plots matplotlib;
+both are pinned in records/requirements.txt.
 """
 
 import argparse
 import bisect
+import hashlib
 import json
 import math
-import os
+import operator
 import re
+import shlex
+import signal
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,211 +47,204 @@ try:
 except ImportError:
     stdtr = stdtrit = None
 
-INSTALL = "pip install -r records/requirements.txt"
-SIGNIFICANCE = 0.01  # a record counts when p is below this
-PLOT = Path("curves.png")
+INSTALL = f"pip install -r {shlex.quote(str(Path(__file__).with_name('requirements.txt')))}"
 TARGET = 3.28  # the speedrun's
+SIGNIFICANCE = 0.01  # a record counts when p is below this
 CONFIDENCE = 0.95  # of the interval of a difference
-POWER = 0.8  # how often as many runs as are said to be needed would show a difference that is there
+# The optimizer benchmark's: 3.09 standard deviations (p < 0.001) of 0.0013, and what 100 steps more
+# change in the loss.
+MARGIN = 0.004
+LOSS_PER_STEP = 0.0045 / 100
+ROUNDING = 1e-9  # below the last decimal of any loss, above the error of any float
 
 # -------------------------------------------------------------------------------------------------
-# Logs: one file holds one run
+# Logs
 
-# Lines are matched from their first byte on, and with digits, so that neither the format strings of
-# a script's own source nor indented examples in it pass for a step; the blank after the numbers
-# leaves out the "step:15/17" of a line that was cut off.
-STEP = re.compile(rb"(?:step|s):(\d+)(?:/(\d+))?\s+(?=\w+:)")
-RESUMED = re.compile(rb"resumed from step (\d+)\b")
-VAL_LOSS = re.compile(rb"\s(?:val_loss|tel):(\S+)")
-TRAIN_TIME = re.compile(rb"\strain_time:(\d+\.?\d*)(ms|s)\b")
-STEP_AVG = re.compile(rb"\sstep_avg:(\d+\.?\d*)(ms|s)\b")
-MEMORY = re.compile(rb"peak memory (?:allocated|consumption):\s*(\d+) MiB")
-WORLD_SIZE = re.compile(rb"world_size:\s*(\d+)\s*$")
-HARDWARE = re.compile(rb"hardware:\s*(?:(cpu)\b|(\d+) x )", re.IGNORECASE)
-SETTING = re.compile(rb"([\w.-][\w. -]*): (.*)")  # a line between two lines of "="
+RULE = re.compile("^={100}\n", re.MULTILINE)
+# Lines are matched from their first character on, and with digits, so that neither the format
+# strings of a script's own source nor indented examples in it pass for a step.
+EVENT = re.compile(
+    r"^(?:(?:step|s):(\d+)(?:/(\d+))?\s+(?=\w+:)|resumed from step (\d+)\b"
+    r"|peak memory (?:allocated|consumption):\s*(\d+) MiB).*$",
+    re.MULTILINE,
+)
+LOSS = re.compile(r"\s(?:val_loss|tel):(\d+\.?\d*|nan|inf)(?!\S)")
+SETTING = re.compile(r"^([\w.-][\w. -]*): (.*)$", re.MULTILINE)
 # A row of the nvidia-smi table: the GPU's index, its name, then the bus address, which rows of
 # processes do not have.
-GPU_ROW = re.compile(rb"\|\s+(\d+)\s+\S[^|]*\|\s*[0-9A-F]{8}:[0-9A-F]{2}:", re.IGNORECASE)
+GPU_ROW = re.compile(r"^\|\s+(\d+)\s+\S[^|]*\|\s*[\dA-Fa-f]{8}:[\dA-Fa-f]{2}:", re.MULTILINE)
 
-
-VARYING = {"seed", "run_id", "log_dir"}  # settings in which repetitions of one run differ
+# The lines of a head in which repetitions of a run may differ. The data's files may have any name,
+# for the fingerprints of the shards are in the head, too.
+VARYING = """script seed run_id log_dir save_every keep resume checkpoint first_step schedule
+timeout sample val_loss_every train_files val_files coordinate_descent_tuning python torch cuda
+triton hardware world_size device attention head""".split()  # noqa: SIM905
 
 
 class Validation(NamedTuple):
     step: int
-    loss: float  # nats per token; nan where the run diverged
+    loss: float | None  # nats per token; nan where the run diverged
     seconds: float | None  # training time so far; the oldest logs have none
+    step_avg_ms: float | None
 
 
 @dataclass
 class Run:
-    """One run as its log tells it; None stands for what the log does not tell."""
+    """One run as its log records it; None stands for what the log does not have."""
 
     name: str  # the log's path as given
     folder: str
-    steps: int  # the last step logged
-    total_steps: int | None  # the steps that the run set out to take
-    validations: list[Validation]
-    step_avg_ms: float | None  # as logged with the last validation
-    memory_mib: int | None  # peak allocated
-    gpus: int | None  # 0 on a CPU
-    settings: dict[str, str]  # versions, hardware and flags, as the log's head tells them
+    script: str  # hash of the source that the log begins with; "" without one
+    settings: dict[str, str] = field(default_factory=dict)  # versions, hardware, flags
+    gpus: int | None = None  # 0 on a CPU
+    steps: int = 0  # the last step logged
+    total_steps: int | None = None  # the planned number of steps
+    memory_mib: int | None = None  # peak allocated
+    validations: dict[int, Validation] = field(default_factory=dict)  # by step
 
     @property
-    def loss(self):
-        return self.validations[-1].loss if self.validations else None
-
-    @property
-    def seconds(self):
-        return self.validations[-1].seconds if self.validations else None
+    def last(self):
+        """The last validation, which is the run's result."""
+        return next(reversed(self.validations.values()), Validation(0, None, None, None))
 
     @property
     def finished(self):
-        """Whether the last validation is that of the last step. The oldest logs do not say how many
-        steps were planned: there a run is unfinished that trained on past its last validation."""
-        return bool(self.validations) and self.validations[-1].step >= (
-            self.total_steps or self.steps
-        )
+        """Whether the last validation is that of the last step. The oldest logs do not have the
+        planned number of steps: there a run is unfinished that trained past its last validation."""
+        return bool(self.validations) and self.last.step >= (self.total_steps or self.steps)
+
+    @property
+    def experiment(self):
+        """What the runs of a group have in common."""
+        settings = {name: value for name, value in self.settings.items() if name not in VARYING}
+        return settings | {"steps": self.total_steps or "-", "script": self.script or "-"}
+
+    @property
+    def identity(self):
+        """What copies of a run agree in. At step 0 all runs do. As text, a nan equals a nan."""
+        return str(self.last[:3]) if self.last.step else self.name
+
+    def read_line(self, line):
+        """Take over a match of EVENT. A log is only ever appended to: a resumed run repeats steps,
+        and the later lines count."""
+        step, total, resumed, memory = line.groups()
+        if memory:
+            self.memory_mib = int(memory)
+        elif resumed:
+            self.steps, known = int(resumed), self.validations.items()
+            self.validations = {at: value for at, value in known if at <= self.steps}
+        else:
+            self.steps, self.total_steps = int(step), total and int(total)
+            loss, ms = LOSS.search(line[0]), read_ms("train_time", line[0])
+            if loss:
+                result = self.steps, float(loss[1]), ms and ms / 1000, read_ms("step_avg", line[0])
+                self.validations[self.steps] = Validation(*result)
 
 
-def printable(path):
-    return os.fsencode(path).decode(errors="replace")
+def read_ms(name, line):
+    """Milliseconds in a field of a line; None for nan and for no such field."""
+    match = re.search(rf"\s{name}:(\d+\.?\d*)(ms|s)\b", line)
+    return match and float(match[1]) * (1 if match[2] == "ms" else 1000)
 
 
-def milliseconds(match):
-    """The time in a match of TRAIN_TIME or STEP_AVG. None for no match: nan, no such field, a unit
-    that was cut off."""
-    return match and float(match[1]) * (1 if match[2] == b"ms" else 1000)
-
-
-def read_validations(lines, ended):
-    """The validations among the lines of steps, and the average step (ms) logged with the last one.
-
-    A log is only ever appended to: a resumed run goes over steps that are already there, and its
-    later lines count. ended: whether a newline ended the last line; if not, the file may have been
-    cut within it."""
-    validations, averages, decimals = [], {}, None
-    for line in lines:
-        if resumed := RESUMED.match(line):
-            validations = [known for known in validations if known.step <= int(resumed[1])]
-        if b"val_loss:" not in line and b"tel:" not in line:  # far faster than matching every line
-            continue
-        step, val_loss = STEP.match(line), VAL_LOSS.search(line)
-        if not step or not val_loss:
-            continue
-        digits = len(val_loss[1].partition(b".")[2])
-        # A file that ends in "val_loss:3.2" may have lost the rest of 3.2788; the losses above tell
-        # how long it was.
-        cut = line is lines[-1] and not ended and val_loss.end() == len(line)
-        if cut and digits != decimals:
-            continue
-        try:
-            loss = float(val_loss[1])
-        except ValueError:
-            continue
-        while validations and validations[-1].step >= int(step[1]):
-            validations.pop()
-        time_ms = milliseconds(TRAIN_TIME.search(line))
-        validations.append(Validation(int(step[1]), loss, time_ms and time_ms / 1000))
-        averages[int(step[1])], decimals = milliseconds(STEP_AVG.search(line)), digits
-    return validations, averages[validations[-1].step] if validations else None
-
-
-def read_machine(lines):
-    """Peak memory in MiB and the number of GPUs (0 on a CPU); None where the log does not tell."""
-    memory = world_size = hardware = None
-    gpu_rows = set()
-    for line in lines:
-        if not line.startswith((b"|", b"peak memory", b"world_size:", b"hardware:")):
-            continue
-        if row := GPU_ROW.match(line):
-            gpu_rows.add(row[1])
-        elif peak := MEMORY.match(line):
-            memory = int(peak[1])
-        elif world := WORLD_SIZE.match(line):
-            world_size = int(world[1])
-        elif machine := HARDWARE.match(line):
-            hardware = 0 if machine[1] else int(machine[2])
-    # nvidia-smi shows the machine, world_size what the run used of it; on a CPU it counts none.
-    gpus = 0 if hardware == 0 else world_size or hardware or len(gpu_rows) or None
-    return memory, gpus
-
-
-def read_settings(lines):
-    """The "name: value" lines between two lines of "=", which stand behind the script's source.
-
-    A resumed run writes them again, and the last ones count."""
-    settings, block, inside = {}, {}, False
-    for line in lines:
-        if line.startswith(b"=" * 20) and not line.strip(b"="):
-            settings, block, inside = block or settings, {}, not inside
-        elif inside and (setting := SETTING.fullmatch(line)):
-            block[setting[1].decode()] = setting[2].decode(errors="replace")
-    return settings
+def count_gpus(head):
+    """nvidia-smi lists the machine's GPUs, world_size counts those that the run used."""
+    if re.search("^hardware: cpu", head, re.MULTILINE | re.IGNORECASE):
+        return 0
+    world_size = re.search(r"\bworld_size:? (\d+)", head)
+    return int(world_size[1]) if world_size else len(set(GPU_ROW.findall(head))) or None
 
 
 def read_log(path):
-    """The run in a log file, or None where the file holds no line of a step. Raises OSError."""
-    text = path.read_bytes()
-    lines = text.splitlines()
-    step_lines = [
-        line for line in lines if line.startswith((b"step:", b"s:", b"resumed from step"))
-    ]
-    last = next(filter(None, map(STEP.match, reversed(step_lines))), None)
-    if not last:
-        return None
-    ended = text.endswith(b"\n") or step_lines[-1] is not lines[-1]
-    return Run(
-        printable(path),
-        printable(path.parent),
-        int(last[1]),
-        last[2] and int(last[2]),
-        *read_validations(step_lines, ended),
-        *read_machine(lines),
-        read_settings(lines),
-    )
+    """The runs in a log file; none where it has no line of a step. Raises OSError.
+
+    A line of 100 "=" ends the script's source; the head goes from there to the last such line
+    before the steps. Where the step number falls and no run was resumed, another run begins, and
+    the runs are named PATH#1, PATH#2 and so on."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.endswith("ms"):  # without a newline, the last line may have been cut in a number
+        text = text[: text.rfind("\n") + 1]
+    script, *parts = RULE.split(text) if RULE.search(text) else ("", text)
+    if not script.strip() and len(parts) > 2:  # the oldest of these logs begin with such a line
+        script, *parts = parts
+    digest = hashlib.sha256(script.encode()).hexdigest()[:8] if script.strip() else ""
+    runs, head = [], ""
+    for part in parts:
+        lines = list(EVENT.finditer(part))
+        if not lines:
+            head += part
+            continue
+        settings, gpus, head = dict(SETTING.findall(head)), count_gpus(head), ""
+        for line in lines:
+            if line[1] and (not runs or int(line[1]) < runs[-1].steps):
+                runs.append(Run(str(path), str(path.parent), digest))
+            if runs:
+                runs[-1].settings, runs[-1].gpus = settings, gpus
+                runs[-1].read_line(line)
+    for number, run in enumerate(runs if len(runs) > 1 else (), 1):
+        run.name += f"#{number}"
+    return runs
 
 
-def read_all(paths):
-    """The runs of each path (a log, or every .txt and .log below a folder) as {path: [Run]}. A file
-    met twice is read once and is one and the same Run; a file without a run is named on stderr."""
-    runs, found = {}, {}
+def read_runs(paths):
+    """The runs of the logs, and of every .txt and .log below the folders. A file without a run is
+    named on stderr. Raises OSError."""
+    logs = {}  # as keys, so that a file named twice is read once
     for path in paths:
-        logs = [path]
-        if path.is_dir():
-            files = (file for file in path.rglob("*") if file.suffix in (".txt", ".log"))
-            logs = sorted(file for file in files if file.is_file())
-            if not logs:
-                print(f"{printable(path)}: no .txt or .log file in this folder", file=sys.stderr)
-        files = {log.resolve(): log for log in logs}
-        for file, log in files.items():
-            if file in runs:
-                continue
-            try:
-                runs[file] = read_log(log)
-                problem = None if runs[file] else "no run in this file"
-            except OSError as error:
-                runs[file], problem = None, f"not readable ({error.strerror})"
-            if problem:
-                print(f"{printable(log)}: {problem}", file=sys.stderr)
-        found[path] = [runs[file] for file in files if runs[file]]
-    return found
+        below = filter(Path.is_file, [*path.rglob("*.txt"), *path.rglob("*.log")])
+        logs |= dict.fromkeys(sorted(below) if path.is_dir() else [path])
+    runs = []
+    for log in logs:
+        found = read_log(log)
+        if not found:
+            print(f"{log}: no run in this file", file=sys.stderr)
+        runs += found
+    return runs
+
+
+def drop_copies(runs):
+    """One run of each identity, if possible one whose log holds the script. The others are named on
+    stderr."""
+    originals = {}
+    for run in sorted(runs, key=lambda run: not run.script):
+        original = originals.setdefault(run.identity, run)
+        if original is not run:
+            print(f"{run.name} is left out: a copy of {original.name}", file=sys.stderr)
+    return list(originals.values())
+
+
+def split_runs(name, runs):
+    """Groups of runs with the same script, settings and data as {name: runs}. Where there are
+    several, their names hold the first settings that tell them apart."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(frozenset(run.experiment.items()), []).append(run)
+    experiments = [members[0].experiment for members in groups.values()]
+    labels = [""] * len(groups)
+    for setting in {setting: None for experiment in experiments for setting in experiment}:
+        longer = [
+            f"{label}, {setting} {experiment.get(setting, '-')}"
+            for label, experiment in zip(labels, experiments, strict=True)
+        ]
+        if len(set(longer)) > len(set(labels)):
+            labels = longer
+    names = [f"{name} ({label[2:]})" if label else name for label in labels]
+    return dict(zip(names, groups.values(), strict=True))
 
 
 def first_reach(validations, loss):
     """(steps, seconds) at which the loss is first reached, on the straight line between the
     validations around it; None and None where it never is. Logs without times give no seconds."""
     before = None
-    for now in validations:
+    for now in validations.values():
         if now.loss <= loss:
-            # Already there at the first look, or after a nan.
-            if before is None or not before.loss > loss:
-                return now.step, now.seconds
-            part = (before.loss - loss) / (before.loss - now.loss)
-            seconds = None
-            if before.seconds is not None and now.seconds is not None:
-                seconds = before.seconds + part * (now.seconds - before.seconds)
-            return before.step + part * (now.step - before.step), seconds
+            if before is None or not before.loss > loss:  # there from the start, or after a nan
+                before = now
+            part = (before.loss - loss) / (before.loss - now.loss or 1)
+            steps = before.step + part * (now.step - before.step)
+            if None in (before.seconds, now.seconds):
+                return steps, None
+            return steps, before.seconds + part * (now.seconds - before.seconds)
         before = now
     return None, None
 
@@ -260,169 +264,171 @@ def describe(values):
     }
 
 
-def p_value(mean, std, n, target):
+NO_NUMBER = "not proven: no number of runs would, the mean is not below the target"
+
+
+def t_test(losses, target):
     """One-sided one-sample t-test: the probability of a mean this low if the target were the true
-    one."""
-    return float(stdtr(n - 1, (mean - target) / (std / math.sqrt(n))))
+    one, and a plain verdict."""
+    n, mean = len(losses), statistics.fmean(losses)
+    if statistics.pstdev(losses) == 0:
+        return None, "not proven: one run, or equal ones, have no spread, so no p-value"
+    if stdtr is None:
+        return None, f"no p-value without scipy: {INSTALL}"
+    std = statistics.stdev(losses)
+
+    def p_value(runs):
+        """Of as many runs, had they this mean and standard deviation."""
+        return float(stdtr(runs - 1, (mean - target) / std * math.sqrt(runs)))
+
+    p, high = p_value(n), n
+    if p < SIGNIFICANCE:
+        return p, "proven"
+    if mean > target - ROUNDING:
+        return p, NO_NUMBER
+    while p_value(high) >= SIGNIFICANCE:
+        high *= 2
+    enough = bisect.bisect_left(
+        range(high), True, lo=n, key=lambda runs: p_value(runs) < SIGNIFICANCE
+    )
+    return p, f"not proven: {enough - n} more run(s) at this spread would be needed"
 
 
-def smallest_number(n, enough):
-    """The smallest number from n on that is enough; every larger number has to be enough too."""
-    high = n
-    while not enough(high):
-        n, high = high, 2 * high
-    return bisect.bisect_left(range(high), True, lo=n, key=enough)
+def z_test(losses, target):
+    """The same by the optimizer benchmark's rule: (target - mean) * sqrt(n), and the verdict."""
+    n, below = len(losses), target - statistics.fmean(losses)
+    score = below * math.sqrt(n)
+    if score > MARGIN - ROUNDING:
+        return score, "proven"
+    if not below > ROUNDING:
+        return score, NO_NUMBER
+    more = math.ceil(round((MARGIN / below) ** 2, 6)) - n
+    return score, f"not proven: {more} more run(s) with this mean would be needed"
 
 
-def runs_needed(mean, std, n, target):
-    """The smallest number of runs, from n on, whose t-test would give p < 0.01 if they had this
-    mean and standard deviation. The mean must lie below the target: otherwise no number would."""
-    return smallest_number(n, lambda runs: p_value(mean, std, runs, target) < SIGNIFICANCE)
+def results_of(runs, target, rule, step):
+    """The validations that count, one of each run. The speedrun takes the last ones of finished
+    runs, the benchmark those of the first step that passes, or else the last that all have."""
+    if rule == "speedrun":
+        return [run.last for run in runs if run.finished]
+    steps = set.intersection(*(set(run.validations) for run in runs))
+    results = []
+    for at in sorted(steps if step is None else steps & {step}):
+        results = [run.validations[at] for run in runs]
+        if z_test([result.loss for result in results], target)[1] == "proven":
+            break
+    return results
 
 
-def summarize(name, runs, target):
-    """The summary of a group: loss and time of its finished runs, p-value against the target, and a
-    plain verdict."""
-    finished = [run for run in runs if run.finished]
-    losses = [run.loss for run in finished if math.isfinite(run.loss)]
-    diverged = len(finished) - len(losses)
-    loss = describe(losses)
-    p = None
+def summarize(name, runs, target, rule, step):
+    """The summary of a group: loss and time of the runs that count, the test against the target,
+    and a plain verdict."""
+    results = results_of(runs, target, rule, step)
+    losses = [result.loss for result in results if math.isfinite(result.loss)]
+    diverged = len(results) - len(losses)
+    test = None
     if diverged:  # leaving these out quietly would make the rest look better than the script is
         verdict = f"not proven: {diverged} diverged"
-    elif len(losses) < 2:
-        verdict = "not proven: one run has no p-value" if losses else "not proven: no finished run"
-    elif loss["std"] == 0:
-        verdict = "not proven: equal losses have no spread, so no p-value"
-    elif stdtr is None:
-        verdict = "no p-value without scipy"
+    elif losses:
+        test, verdict = (t_test if rule == "speedrun" else z_test)(losses, target)
     else:
-        p = p_value(loss["mean"], loss["std"], loss["n"], target)
-        if p < SIGNIFICANCE:
-            verdict = "proven"
-        elif loss["mean"] >= target or math.isclose(loss["mean"], target):
-            verdict = "not proven: no number of runs would, the mean is not below the target"
-        else:
-            more = runs_needed(loss["mean"], loss["std"], loss["n"], target) - loss["n"]
-            verdict = (
-                f"not proven: {more} more run{'s' * (more > 1)} at this spread would be needed"
-            )
+        verdict = "not proven: no finished run, or no validation that all runs have"
     return {
         "name": name,
-        "unfinished": len(runs) - len(finished),
+        "unfinished": len(runs) - len(results),
         "diverged": diverged,
-        "loss": loss,
-        "time_s": describe([run.seconds for run in finished if run.seconds is not None]),
+        "loss": describe(losses),
+        "time_s": describe([result.seconds for result in results if result.seconds is not None]),
         "target": target,
-        "p": p,
+        "step": results[0].step if results and rule == "benchmark" else None,
+        "p" if rule == "speedrun" else "score": test,
         "verdict": verdict,
     }
 
 
-def describe_both(a, b):
-    """Both sets described, and the reason why they cannot be compared, or None.
+def difference(a, b, paired=False):
+    """Mean of A minus mean of B, its 95% interval and a plain verdict. Paired: by the one-sample t
+    of the differences of pairs; otherwise by Welch's t, for the two spreads may differ.
 
-    A value that is None or not finite stands for a run without one: then the rest would be a chosen
-    part of the runs, so the means are given and the difference is not."""
-    result = {"difference": None, "interval": None}
-    lacking = []
-    for label, values in (("A", a), ("B", b)):
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        result[label.lower()] = describe(known)
-        if len(known) < len(values):
-            lacking.append(f"{len(values) - len(known)} of {len(values)} runs of {label}")
-    problem = None
-    if lacking:
-        problem = f"no comparison: {' and '.join(lacking)} without a value"
-    elif not a or not b:
-        problem = "no comparison: a set without a finished run"
-    return result, problem
-
-
-def difference(a, b):
-    """Mean of A minus mean of B, its 95% interval (Welch's t: the two spreads may differ) and a
-    plain verdict."""
-    result, problem = describe_both(a, b)
-    if problem:
-        return result | {"verdict": problem}
-    result["difference"] = center = result["a"]["mean"] - result["b"]["mean"]
-    if min(len(a), len(b)) < 2:
-        return result | {"verdict": "no interval: a set of one run has no spread"}
-    part_a, part_b = (result[side]["std"] ** 2 / result[side]["n"] for side in "ab")
-    if part_a + part_b == 0:
-        return result | {"verdict": "no interval: neither set has any spread"}
-    degrees = (part_a + part_b) ** 2 / (part_a**2 / (len(a) - 1) + part_b**2 / (len(b) - 1))
-    half = float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * math.sqrt(part_a + part_b)
+    None, nan and inf stand for a run without a value. The rest would be a chosen part of the runs,
+    so then the means are given and the difference is not."""
+    known = [[v for v in values if v is not None and math.isfinite(v)] for values in (a, b)]
+    sides = list(map(describe, known))
+    result = {"a": sides[0], "b": sides[1], "difference": None, "interval": None}
+    if known != [a, b] or not (a and b):
+        return result | {"verdict": "no comparison: a run has no value, or a set no finished run"}
+    result["difference"] = center = sides[0]["mean"] - sides[1]["mean"]
+    if paired:
+        sides = [describe([x - y for x, y in zip(a, b, strict=True)])]
+    spreads = [side["std"] for side in sides]
+    if None in spreads or not any(spreads):
+        return result | {
+            "verdict": "no interval: a set of one run, or of equal ones, has no spread"
+        }
+    parts = [side["std"] ** 2 / side["n"] for side in sides]
+    degrees = sum(parts) ** 2 / sum(
+        part**2 / (side["n"] - 1) for part, side in zip(parts, sides, strict=True)
+    )
+    result["error"] = math.sqrt(sum(parts))
+    half = float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * result["error"]
     verdict = "within noise"
     if abs(center) > half:
         verdict = f"more than noise: A is {'lower' if center < 0 else 'higher'}"
     return result | {"interval": [center - half, center + half], "verdict": verdict}
 
 
-def paired(a, b, ratio=False):
-    """Mean of A minus B over pairs of runs that share a seed, its 95% interval (one-sample t of the
-    differences), a plain verdict, and how many pairs it needs to see one of this size: as many as
-    show it in four cases of five. With ratio, the geometric mean of A / B, by logarithms."""
-    result, problem = describe_both(a, b)
-    result["needed"] = None
-    if problem:
-        return result | {"verdict": problem}
-    back = math.exp if ratio else float
-    pairs = zip(a, b, strict=True)
-    changes = describe([math.log(x / y) if ratio else x - y for x, y in pairs])
-    center, std, n = changes["mean"], changes["std"], changes["n"]
-    result["difference"] = back(center)
-    if n < 2:
-        return result | {"verdict": "no interval: one pair has no spread"}
-    if std == 0:  # the same run twice, or a constant by accident, of which no statistic is made
-        verdict = "no interval: the differences have no spread" if center else "equal in every pair"
-        return result | {"verdict": verdict}
-
-    def quantile(pairs, probability):
-        return float(stdtrit(pairs - 1, probability)) * std / math.sqrt(pairs)
-
-    def enough(pairs):
-        return quantile(pairs, (1 + CONFIDENCE) / 2) + quantile(pairs, POWER) <= abs(center)
-
-    half = quantile(n, (1 + CONFIDENCE) / 2)
-    result["interval"] = [back(center - half), back(center + half)]
-    if abs(center) > std / 1000:  # for less it would be millions
-        result["needed"] = smallest_number(2, enough)
-    verdict = "within noise"
-    if abs(center) > half:
-        verdict = f"more than noise: A is {'lower' if center < 0 else 'higher'}"
-    return result | {"verdict": verdict}
+# What two sets of runs are compared by: title and decimals.
+MEASURES = {
+    "loss": ("loss", 5),
+    "time_s": ("time (s)", 3),
+    "steps_to": ("steps to {:g}", 1),
+    "seconds_to": ("seconds to {:g}", 3),
+}
 
 
-def versus(name_a, runs_a, name_b, runs_b, at):
-    """Two sets of runs against each other, by their finished runs: loss, time, and when each
+def versus(sets, at, paired=False):
+    """Two sets {name: runs} against each other, by their finished runs: loss, time, and when each
     reaches a loss."""
-    sets = [[run for run in runs if run.finished] for runs in (runs_a, runs_b)]
-    reached = [[first_reach(run.validations, at) for run in runs] for runs in sets]
-    return {
-        "a": name_a,
-        "b": name_b,
-        "at": at,
-        "unfinished": [len(runs_a) - len(sets[0]), len(runs_b) - len(sets[1])],
-        "loss": difference(*([run.loss for run in runs] for runs in sets)),
-        "time_s": difference(*([run.seconds for run in runs] for runs in sets)),
-        "steps_to": difference(*([steps for steps, _ in pairs] for pairs in reached)),
-        "seconds_to": difference(*([seconds for _, seconds in pairs] for pairs in reached)),
-    }
+    values = [
+        [
+            (run.last.loss, run.last.seconds, *first_reach(run.validations, at))
+            for run in runs
+            if run.finished
+        ]
+        for runs in sets.values()
+    ]
+    result = dict(zip("ab", sets, strict=True), at=at)
+    for index, name in enumerate(MEASURES):
+        result[name] = difference(*([row[index] for row in rows] for rows in values), paired)
+    return result
+
+
+def benchmark_versus(a, b):
+    """Two summaries by the benchmark's rule against each other: the difference of the losses, and
+    what the difference of the steps is worth, times as many runs as it has standard errors."""
+    result = {"a": a["name"], "b": b["name"], "score": None}
+    if None in (a["score"], b["score"]):
+        return result | {"verdict": "no comparison: a set without a result"}
+    gain = a["loss"]["mean"] - b["loss"]["mean"] + LOSS_PER_STEP * (a["step"] - b["step"])
+    result["score"] = gain / math.sqrt(1 / a["loss"]["n"] + 1 / b["loss"]["n"])
+    if abs(result["score"]) > MARGIN - ROUNDING:
+        return result | {"verdict": f"{'B' if gain > 0 else 'A'} is better"}
+    needed = math.ceil(2 * (MARGIN / max(abs(gain), ROUNDING)) ** 2)
+    return result | {"verdict": f"not proven: about {needed:,} runs of each would be needed"}
 
 
 # -------------------------------------------------------------------------------------------------
 # Output: tables, JSON, plot
 
-# What --sort takes, and the field of a run it stands for.
-SORT_KEYS = {
-    "name": "name",
-    "steps": "steps",
-    "loss": "loss",
-    "time": "seconds",
-    "avg": "step_avg_ms",
-    "memory": "memory_mib",
-    "gpus": "gpus",
+# The columns by what --sort calls them: title, attribute of a run, decimals.
+COLUMNS = {
+    "name": ("run", "name", None),
+    "steps": ("steps", "steps", None),
+    "loss": ("val loss", "last.loss", 5),
+    "time": ("time (s)", "last.seconds", 3),
+    "avg": ("step avg (ms)", "last.step_avg_ms", 2),
+    "memory": ("peak (MiB)", "memory_mib", 0),
+    "gpus": ("GPUs", "gpus", 0),
 }
 
 
@@ -430,226 +436,134 @@ def sort_runs(runs, key):
     """By one column, smallest first; runs without a value there (or with nan) come last."""
 
     def order(run):
-        value = getattr(run, SORT_KEYS[key])
-        return (True, run.name) if value is None or value != value else (False, value)
+        value = operator.attrgetter(COLUMNS[key][1])(run)
+        if key == "name":  # seed_10 after seed_9
+            return re.sub(r"\d+", lambda digits: digits[0].zfill(9), value)
+        return math.inf if value is None or value != value else value
 
     return sorted(runs, key=order)
 
 
-def number(value, digits):
-    return "-" if value is None else f"{value:.{digits}f}"
+def number(value, digits, sign=""):
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
 
 
 def table_lines(rows):
+    """Rows of text in columns: the first and the last to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *middle, last in rows:
         right = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
         yield "  ".join([first.ljust(widths[0]), *right, last]).rstrip()
 
 
-def print_table(rows):
-    """Rows of text in columns: the first and the last to the left, the others to the right."""
-    for line in table_lines(rows):
-        print(line)
-
-
 def print_runs(runs, at):
-    rows = [["run", "steps", "val loss", "time (s)", "step avg (ms)", "peak (MiB)", "GPUs"]]
+    _, _, *numbers = COLUMNS.values()
+    rows = [[title for title, *_ in COLUMNS.values()]]
     rows[0] += [f"steps to {at:g}", f"seconds to {at:g}", ""] if at else [""]
     for run in runs:
-        row = [
-            run.name,
-            str(run.steps),
-            number(run.loss, 5),
-            number(run.seconds, 3),
-            number(run.step_avg_ms, 2),
-        ]
-        row += [number(run.memory_mib, 0), number(run.gpus, 0)]
+        unfinished = "" if run.finished else "unfinished"
+        planned = f"/{run.total_steps}" if unfinished and run.total_steps else ""
+        row = [run.name, f"{run.steps}{planned}"]
+        row += [number(operator.attrgetter(name)(run), digits) for _, name, digits in numbers]
         if at:
-            steps, seconds = first_reach(run.validations, at)
-            row += [number(steps, 1), number(seconds, 3)]
-        if not run.finished and run.total_steps:
-            row[1] += f"/{run.total_steps}"
-        rows.append(row + ["" if run.finished else "unfinished"])
-    print_table(rows)
+            row += map(number, first_reach(run.validations, at), (1, 3))
+        rows.append([*row, unfinished])
+    print(*table_lines(rows), sep="\n")
 
 
 def print_summaries(summaries, target):
-    rows = [["folder", "runs", "loss: mean", "std", "min", "max"]]
-    rows[0] += ["time (s): mean", "std", "min", "max", "p", f"mean loss <= {target:g}?"]
+    """A group's row ends with its p-value, or with the benchmark's step and score."""
+    test = ["p"] if "p" in summaries[0] else ["step", f"({target:g} - mean) sqrt(runs)"]
+    spread = ["std", "min", "max"]
+    rows = [["folder", "runs", "loss: mean", *spread, "time (s): mean", *spread, *test]]
+    rows[0] += [f"mean loss <= {target:g}?"]
     for group in summaries:
-        notes = [f"+{group[kind]} {kind}" for kind in ("unfinished", "diverged") if group[kind]]
-        untimed = group["loss"]["n"] - group["time_s"]["n"]
-        notes += [f"{untimed} without time"] * (untimed > 0)
-        row = [group["name"], str(group["loss"]["n"]) + (f" ({', '.join(notes)})" if notes else "")]
+        note = f" (+{group['unfinished']} unfinished)" if group["unfinished"] else ""
+        row = [group["name"], f"{group['loss']['n']}{note}"]
         for part, digits in (("loss", 5), ("time_s", 3)):
             row += [number(group[part][field], digits) for field in ("mean", "std", "min", "max")]
-        rows.append(row + ["-" if group["p"] is None else f"{group['p']:.3g}", group["verdict"]])
-    print()
-    print_table(rows)
+        if "p" in group:
+            row += ["-" if group["p"] is None else f"{group['p']:.3g}"]
+        else:
+            row += [number(group["step"], 0), number(group["score"], 5)]
+        rows.append([*row, group["verdict"]])
+    print("", *table_lines(rows), sep="\n")
 
 
-def print_versus(result):
+def versus_lines(result):
+    """What versus or benchmark_versus returned, as lines of text."""
+    yield f"A: {result['a']}"
+    yield f"B: {result['b']}"
+    if "score" in result:
+        yield "(loss A - loss B + 0.0045 for 100 steps less) / sqrt(1 / runs A + 1 / runs B):"
+        yield f"{number(result['score'], 5)}, {result['verdict']}"
+        return
     rows = [["A - B", "A mean", "runs", "B mean", "runs", "difference", "95% interval", ""]]
-    at = f"{result['at']:g}"
-    for title, key, digits in (
-        ("loss", "loss", 5),
-        ("time (s)", "time_s", 3),
-        (f"steps to {at}", "steps_to", 1),
-        (f"seconds to {at}", "seconds_to", 3),
-    ):
-        row = result[key]
-        means = [
-            text
-            for side in "ab"
-            for text in (number(row[side]["mean"], digits), str(row[side]["n"]))
-        ]
-        change = "-" if row["difference"] is None else f"{row['difference']:+.{digits}f}"
-        ends = row["interval"] or []
-        interval = " to ".join(f"{end:+.{digits}f}" for end in ends) or "-"
-        rows.append([title, *means, change, interval, row["verdict"]])
-    print()
-    for label, side, unfinished in zip("AB", "ab", result["unfinished"], strict=True):
-        note = f" ({unfinished} unfinished left out)" if unfinished else ""
-        print(f"{label}: {result[side]}{note}")
-    print_table(rows)
+    for name, (title, digits) in MEASURES.items():
+        row = result[name]
+        cells = [title.format(result["at"])]
+        for side in (row["a"], row["b"]):
+            cells += [number(side["mean"], digits), str(side["n"])]
+        cells += [number(row["difference"], digits, "+")]
+        cells += [" to ".join(number(end, digits, "+") for end in row["interval"] or ()) or "-"]
+        rows.append([*cells, row["verdict"]])
+    yield from table_lines(rows)
 
 
 def print_json(runs, summaries, comparison, at):
-    """Everything the tables say and every validation. JSON has no nan: such a loss becomes null."""
-
-    def loss(value):
-        return value if value is None or math.isfinite(value) else None
+    """Everything the tables show and every validation. JSON has no nan: such a loss is null."""
 
     def entry(run):
+        curve = [
+            {"step": v.step, "loss": v.loss if math.isfinite(v.loss) else None, "time_s": v.seconds}
+            for v in run.validations.values()
+        ]
+        last = curve[-1] if curve else {"loss": None, "time_s": None}
         steps, seconds = first_reach(run.validations, at)
         return asdict(run) | {
             "finished": run.finished,
-            "val_loss": loss(run.loss),
-            "time_s": run.seconds,
+            "val_loss": last["loss"],
+            "time_s": last["time_s"],
+            "step_avg_ms": run.last.step_avg_ms,
             "reaches": {"loss": at, "steps": steps, "time_s": seconds},
-            "validations": [
-                {"step": v.step, "loss": loss(v.loss), "time_s": v.seconds} for v in run.validations
-            ],
+            "validations": curve,
         }
 
     result = {"runs": list(map(entry, runs)), "groups": summaries, "versus": comparison}
     print(json.dumps(result, indent=1, allow_nan=False))
 
 
-def are_repetitions(runs):
-    """Whether several runs differ in nothing but the seed, so that a mean curve makes sense."""
-
-    def course(run):
-        settings = {key: value for key, value in run.settings.items() if key not in VARYING}
-        return [validation.step for validation in run.validations], settings
-
-    return len(runs) > 1 and all(course(run) == course(runs[0]) for run in runs)
-
-
-def draw_set(axes, runs, colour):
-    """The curves of a set: mean and standard deviation of its finished runs where these repeat each
-    other, and every other run by itself. Returns whether there is a mean curve."""
-    finished = [run for run in runs if run.finished]
-    repeated = are_repetitions(finished)
-    if repeated:
-        points = list(zip(*(run.validations for run in finished), strict=True))
-        losses = [describe([validation.loss for validation in point]) for point in points]
-        mean, std = ([loss[key] for loss in losses] for key in ("mean", "std"))
-        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-        places = [[point[0].step for point in points]]
-        if all(v.seconds is not None for point in points for v in point):
-            places.append([statistics.fmean(v.seconds for v in point) for point in points])
-        for axis, place in zip(axes, places, strict=False):
-            axis.plot(place, mean, color=colour, marker=".", linewidth=1.5)
-            axis.fill_between(place, low, high, color=colour, alpha=0.2, linewidth=0)
-            if len(place) == 1:  # a point has no band
-                axis.errorbar(place, mean, std, color=colour, capsize=3)
-    for run in [run for run in runs if not (repeated and run.finished)]:
-        style = {"color": colour, "marker": ".", "linewidth": 1}
-        style["linestyle"] = "-" if run.finished else ":"
-        losses = [validation.loss for validation in run.validations]
-        axes[0].plot([validation.step for validation in run.validations], losses, **style)
-        if run.seconds is not None:
-            axes[1].plot([validation.seconds for validation in run.validations], losses, **style)
-    return repeated
-
-
-def loss_limits(runs, target):
-    """The lowest and the highest loss to show, and the target where it is to be drawn.
-
-    The first quarter of a run falls from 11 to 4 and would flatten the rest, where runs differ."""
-    seen = [
-        (v.step / (run.total_steps or run.steps or 1), v.loss)
-        for run in runs
-        for v in run.validations
-        if math.isfinite(v.loss)
-    ]
-    shown = [loss for part, loss in seen if part >= 0.25] or [loss for _, loss in seen] or [TARGET]
-    if target is None and min(shown) <= TARGET <= max(shown):
-        target = TARGET
-    shown += [target] * (target is not None)
-    margin = 0.04 * (max(shown) - min(shown)) or 0.01
-    return min(shown) - margin, max(shown) + margin, target
-
-
-def plain(text):
-    """Text as it is: matplotlib would set what stands between two "$" as a formula."""
-    return text.replace("$", r"\$")
-
-
-def picture_title(runs, shared):
-    """What a picture shows: a single run with its result, or how many there are in which folder."""
-    if len(runs) > 1:
-        return f"Validation loss of {len(runs)} runs" + (f" in {shared}" if shared else "")
-    (run,) = runs
-    result = f": {run.loss:.4f} after step {run.validations[-1].step}" if run.validations else ""
-    return run.name + result
-
-
-def draw(groups, file, target=None):
-    """Validation loss against steps and against time, saved as PNG or SVG. Each group has its own
-    colour; the runs of a single group have one each where they are few and no repetitions. Without
-    a target 3.28 is drawn where the curves pass it. Raises ImportError and OSError."""
-    from matplotlib import colormaps
+def draw(groups, file, target):
+    """Validation loss against steps and against time, a colour for each group. Raises ImportError,
+    OSError and, for a form of file that matplotlib does not write, ValueError."""
+    import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
-    runs = [run for members in groups.values() for run in members]
-    sets = groups
-    if len(groups) == 1 and len(runs) <= 10 and not are_repetitions(runs):
-        sets = {run.name: [run] for run in runs}
-    shared = os.path.dirname(os.path.commonprefix(list(sets)))  # said once, in the title
-    colours = colormaps["tab10" if len(sets) <= 10 else "turbo"]
-    low, high, target = loss_limits(runs, target)
+    matplotlib.rcParams["text.parse_math"] = False  # a "$" in a path begins no formula
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    legend, any_mean = [], False
-    for index, (name, members) in enumerate(sets.items()):
-        colour = colours(index if len(sets) <= 10 else index / (len(sets) - 1))
-        any_mean |= draw_set(axes, members, colour)
-        label = name.removeprefix(shared).strip("/")
-        label += f" ({len(members)} runs)" if len(members) > 1 else ""
-        if all(run.seconds is None for run in members):
-            label += " (no times in the log)"
-        legend.append(Line2D([], [], color=colour, marker=".", label=plain(label)))
-    if any_mean:
-        legend.append(Patch(color="gray", alpha=0.3, label="mean ± standard deviation"))
-    if not all(run.finished for run in runs):
-        legend.append(Line2D([], [], color="gray", linestyle=":", label="unfinished"))
-    if target is not None:
-        style = {"color": "black", "linestyle": "--", "linewidth": 1}
-        legend.append(Line2D([], [], label=f"loss {target:g}", **style))
+    shown = []
+    for index, (name, runs) in enumerate(groups.items()):
+        label = name if len(runs) > 1 else runs[0].name
+        # Behind a blank, for matplotlib leaves out what begins with "_".
+        axes[0].plot([], [], f"C{index}.-", label=f" {label}")
+        for run in filter(lambda run: run.validations, runs):
+            steps, losses, seconds, _ = zip(*run.validations.values(), strict=True)
+            line = f"C{index}.{'-' if run.finished else ':'}"
+            axes[0].plot(steps, losses, line)
+            axes[1].plot(seconds, losses, line)
+            # In its first quarter a run falls from 11 to 4, which would flatten the rest.
+            late = losses[bisect.bisect_left(steps, run.steps / 4) :]
+            shown += filter(math.isfinite, late)
+    low, high = min(shown, default=target), max(shown, default=target)
+    margin = 0.04 * (high - low) or 0.01
     for axis, unit in zip(axes, ("step", "training time (s)"), strict=True):
-        if target is not None:
-            axis.axhline(target, **style)
-        axis.set(xlabel=unit, xlim=(0, None), ylim=(low, high))
+        axis.axhline(target, color="black", linestyle="--", linewidth=1)
+        axis.set(xlabel=unit, xlim=(0, None), ylim=(low - margin, high + margin))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss (nats per token)")
-    figure.suptitle(plain(picture_title(runs, shared)))
-    if len(legend) > 1 or runs[0].seconds is None:  # of one run the title says it all
-        figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"dotted: unfinished runs, dashed: loss {target:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(file, dpi=120)
 
 
@@ -663,99 +577,103 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def loss_value(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a loss is a number above 0, not {text!r}")
-    return value
-
-
 def parse_arguments(argv):
-    parser = Parser(
-        prog="compare.py", description="Compare NanoGPT speedrun logs.", allow_abbrev=False
-    )
+    parser = Parser(description="Compare NanoGPT speedrun logs.")
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="LOG_OR_FOLDER")
-    add("--sort", choices=SORT_KEYS, default="name", help="column to sort the runs by")
-    add("--target", type=loss_value, help=f"loss to be proven (default {TARGET})")
-    add("--vs", nargs=2, type=Path, metavar=("A", "B"), help="two sets of runs to compare")
-    at_help = "say when each run first reaches this loss (default with --vs and --json: the target)"
-    add("--at", type=loss_value, metavar="LOSS", help=at_help)
-    plot_help = f"draw the loss curves to a .png or .svg (default {PLOT})"
-    add("--plot", nargs="?", const=PLOT, type=Path, metavar="FILE", help=plot_help)
+    add("--sort", choices=COLUMNS, default="name", help="column to sort the runs by")
+    add("--target", type=float, metavar="LOSS", help=f"loss to be proven (default {TARGET})")
+    add(
+        "--vs",
+        nargs=2,
+        type=Path,
+        default=[],
+        metavar=("A", "B"),
+        help="two sets of runs to compare",
+    )
+    at_help = "when each run first reaches this loss (default with --vs and --json: the target)"
+    add("--at", type=float, metavar="LOSS", help=at_help)
+    rule_help = "of proof: the speedrun's t-test (default) or the optimizer benchmark's z-test"
+    add("--rule", choices=("speedrun", "benchmark"), default="speedrun", help=rule_help)
+    step_help = "with --rule benchmark: the step that counts (default: the first that passes)"
+    add("--step", type=int, help=step_help)
+    plot_help = "draw the loss curves, as .png or .svg (default curves.png)"
+    add("--plot", nargs="?", const=Path("curves.png"), type=Path, metavar="FILE", help=plot_help)
     add("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.plot and arguments.plot.suffix.lower() not in (".png", ".svg"):
-        if not arguments.plot.exists():
-            parser.error(f"--plot writes .png or .svg, not {arguments.plot}")
-        arguments.paths.append(arguments.plot)  # "--plot logs" means the logs, not the picture
-        arguments.plot = PLOT
-    paths = [*(arguments.vs or ()), *arguments.paths]
-    if not paths:
-        parser.error("name at least one log or folder")
-    for path in paths:
-        if not path.exists():
-            parser.error(f"no such file or folder: {path}")
-    if arguments.vs and stdtr is None:
+    if bool(arguments.vs) == bool(arguments.paths):
+        parser.error("name logs or folders, either alone or as --vs A B")
+    if arguments.step is not None and arguments.rule == "speedrun":
+        parser.error("--step needs --rule benchmark")
+    if arguments.vs and arguments.rule == "speedrun" and stdtr is None:
         parser.error(f"--vs needs scipy: {INSTALL}")
     return parser, arguments
 
 
+def read_sets(arguments):
+    """The sets of --vs, or else the folders, as {name: runs} without copies. Raises OSError."""
+    sets = {str(path): read_runs([path]) for path in arguments.vs}
+    for run in read_runs(arguments.paths):
+        sets.setdefault(run.folder, []).append(run)
+    return {name: drop_copies(runs) for name, runs in sets.items()}
+
+
+def check_sets(parser, sets, groups):
+    """End where --vs cannot compare these two sets."""
+    if set.intersection(*({run.identity for run in runs} for runs in sets.values())):
+        parser.error("A and B have runs in common; name sets that have none")
+    if len(groups) != 2:
+        parser.error(f"--vs compares two experiments, not {len(groups)}: {', '.join(groups)}")
+
+
 def plot(parser, groups, file, target):
-    """Draw the curves and say where they are, or end with the reason why that cannot be."""
+    """Draw the curves and print where they are, or end with the reason why that cannot be."""
     try:
         draw(groups, file, target)
     except ImportError:
         parser.error(f"--plot needs matplotlib: {INSTALL}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"the plot cannot be written: {error}")
     print(f"The loss curves are in {file}.", file=sys.stderr)
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")
     parser, arguments = parse_arguments(argv)
-    vs, at = arguments.vs or [], arguments.at
-    target = arguments.target or TARGET
-    found = read_all([*vs, *arguments.paths])
-    # With --vs the two sets are groups, whatever their folders; all other runs go by folder.
-    groups = {printable(path): found[path] for path in vs}
-    runs = {id(run): run for path in vs for run in found[path]}
-    for run in (run for path in arguments.paths for run in found[path] if id(run) not in runs):
-        runs[id(run)] = run
-        groups.setdefault(run.folder, []).append(run)
-    if not runs:
-        print(f"{parser.prog}: no run found", file=sys.stderr)
-        return 1
-    groups_of_several = {name: members for name, members in groups.items() if len(members) > 1}
-    summaries = [summarize(name, members, target) for name, members in groups_of_several.items()]
-    if summaries and stdtr is None:
-        print(f"p-values need scipy: {INSTALL}", file=sys.stderr)
+    target, rule = arguments.target or TARGET, arguments.rule
+    at = arguments.at or target
+    try:
+        sets = read_sets(arguments)
+    except OSError as error:
+        parser.error(error)
+    if not sets or not all(sets.values()):
+        parser.exit(1, "compare.py: no run found\n")
+    groups = {}
+    for name, runs in sets.items():
+        groups |= split_runs(name, runs)
+    if arguments.vs:
+        check_sets(parser, sets, groups)
+    summaries = [
+        summarize(name, runs, target, rule, arguments.step)
+        for name, runs in groups.items()
+        if rule == "benchmark" or len(runs) > 1 or name not in sets
+    ]
     comparison = None
-    if vs:
-        a, b = vs
-        comparison = versus(printable(a), found[a], printable(b), found[b], at or target)
-    runs = sort_runs(runs.values(), arguments.sort)
+    if arguments.vs:
+        comparison = versus(sets, at) if rule == "speedrun" else benchmark_versus(*summaries)
+    runs = sort_runs([run for members in sets.values() for run in members], arguments.sort)
     if arguments.json:
-        print_json(runs, summaries, comparison, at or target)
+        print_json(runs, summaries, comparison, at)
     else:
-        print_runs(runs, at)
+        print_runs(runs, arguments.at)
         if summaries:
             print_summaries(summaries, target)
         if comparison:
-            print_versus(comparison)
+            print("", *versus_lines(comparison), sep="\n")
     if arguments.plot:
-        plot(parser, groups, arguments.plot, at or arguments.target)
-    return 0
+        plot(parser, groups, arguments.plot, at)
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as with "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader has seen enough, as with "| head"
+    main()

@@ -64,6 +64,19 @@ def documents(length, starts, vocab_size=257, seed=0) -> torch.Tensor:
     return ids
 
 
+def load_script(path, operators="nanogpt"):
+    """A training script as a module.
+
+    operators: the namespace of its custom operators, since a process can have one of each name.
+    """
+    module = types.ModuleType(f"{Path(path).stem}_{operators}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for their module
+    source = Path(path).read_text(encoding="utf-8").replace("nanogpt", operators)
+    exec(compile(source, path, "exec"), vars(module))
+    return module
+
+
 def train(folder, *flags, **changes) -> int:
     """Train on the CPU, in this process and a folder, with other functions in the recipe."""
     import train_gpt  # not above: in processes of a run, it is imported or run by the script

@@ -1,7 +1,5 @@
 """Shards, the loader against slices of one array, and the mean of a validation."""
 
-import resource
-
 import numpy as np
 import pytest
 import reference
@@ -175,21 +173,6 @@ def test_validation_shard_among_training_shards_is_rejected(tmp_path):
         loader = Loader(str(tmp_path / pattern), 128)
         assert "val_0.bin" in rejection(train_gpt.check_shards, loader, val)
     train_gpt.check_shards(Loader(str(tmp_path / "train_[01].bin"), 128), val)
-
-
-@pytest.fixture
-def few_open_files():
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_more_shards_than_open_files_are_read(tmp_path, few_open_files):
-    for i in range(1030):
-        write_shard(tmp_path / f"{i:04}.bin", [i % 257] * 2)
-    pattern = str(tmp_path / "*.bin")
-    check_sequence(Loader(pattern, 2059).next_batch(), pattern, 0, 2059)
 
 
 def test_shards_are_found_by_the_names_people_write(tmp_path, monkeypatch):

@@ -24,14 +24,14 @@ BLUE, ORANGE = "#388bfd", "#f0883e"
 def draw(path: Path):
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
-    runs = [compare.read_log(log) for log in sorted(LOGS.glob("seed_*.txt"))]
+    runs = compare.read_runs([LOGS])
     for run in runs:
-        curve = [(validation.seconds, validation.loss) for validation in run.validations]
+        curve = [(validation.seconds, validation.loss) for validation in run.validations.values()]
         axes.plot(*zip(*curve, strict=True), color=BLUE, alpha=0.6, linewidth=1)
-    seconds = statistics.fmean(run.seconds for run in runs)
-    loss = statistics.fmean(run.loss for run in runs)
-    spread = statistics.stdev(run.loss for run in runs)
-    axes.plot([run.seconds for run in runs], [run.loss for run in runs], "o", color=BLUE)
+    seconds = statistics.fmean(run.last.seconds for run in runs)
+    loss = statistics.fmean(run.last.loss for run in runs)
+    spread = statistics.stdev(run.last.loss for run in runs)
+    axes.plot([run.last.seconds for run in runs], [run.last.loss for run in runs], "o", color=BLUE)
     axes.plot(*NANOGPT, "D", color=ORANGE, markersize=8)
     axes.axhline(NANOGPT[1], color=ORANGE, linewidth=0.8, linestyle="--")
     ours = f"{len(runs)} seeds: validation loss {loss:.3f} ± {spread:.3f} after {seconds:.1f} s"
