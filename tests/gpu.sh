@@ -1,58 +1,76 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command: `DATA=folder-of-shards OUT=folder-for-the-logs bash tests/gpu.sh`.
-#   1. the GPU tests   2. the benchmark at the speedrun's shapes   3. a training run, 8 micro-steps a step as on 8 GPUs
-# Needs torch (2.11 or 2.13), numpy, tqdm and pytest in PYTHON (default python3), and no network. DATA: token shards named
-# *train*.bin and *val*.bin; without it, the text of Python's own library is made into some. STEPS: of the run (100).
-# `bash tests/gpu.sh --cpu` rehearses all of it without a GPU, on the tiny preset.
+# Ten minutes on a GPU, in two calls: `bash tests/gpu.sh 1`, then `bash tests/gpu.sh 2`.
+#   1 (5.5 minutes): the GPU tests beside the compilation of a micro-step; then its times, profile and memory, with the head in
+#      FP8 and in bfloat16, and those of the public record's network where its log is at .public/record.txt
+#   2 (4.5 minutes): 57 steps of the speedrun on the shards in .docs (22.4M tokens of GPT-2's vocabulary) with both heads, tiny with
+#      two seeds, a killed run that is resumed, out of memory, a micro-step of the modern recipe
+# All results go to $OUT (logs/gpu). Needs torch 2.11 or 2.13, numpy, tqdm and pytest in $PYTHON (python3), and no network.
+# With --rehearse as a second argument everything runs on the CPU at a small size, which proves the scripts.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+call=${1:-}
 python=${PYTHON:-python3}
 out=${OUT:-logs/gpu}
-steps=${STEPS:-100}
 mkdir -p "$out"
-log=$out/gpu.log
-: > "$log"
+micro=() modern=() docs=() tiny=() kill_at=300 patience=1
+if [ "${2:-}" = --rehearse ]; then
+    export CUDA_VISIBLE_DEVICES=
+    micro=(--preset tiny --num_layers 12 --attention_free_layer 7 --num_heads 1 --head_dim 128 --model_dim 128 --dtype float32
+        --train_seq_len 256 --val_seq_len 256 --seqs_per_step 1)
+    modern=(--preset tiny)
+    docs=(--preset tiny --model_dim 32 --num_heads 1 --head_dim 32 --train_seq_len 256 --val_seq_len 256 --seqs_per_step 1
+        --val_tokens 512 --num_iterations 6 --val_loss_every 3 --sample 0)
+    tiny=(--model_dim 32 --num_heads 1 --head_dim 32 --num_iterations 20 --val_loss_every 10 --save_every 5)
+    kill_at=8 patience=10
+elif [ "$call" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu.sh: no GPU for $python; set PYTHON, or add --rehearse" >&2
+    exit 2
+fi
 
-stage() { # name, command ...: run it, keep what it says, note how it ended and how long it took
-    local name=$1 begin=$SECONDS rc
-    shift
-    printf '\n==== %s: %s\n' "$name" "$*" | tee -a "$log"
-    PYTHONUNBUFFERED=1 "$@" 2>&1 | tee -a "$log"
-    rc=${PIPESTATUS[0]}
-    results+=("$(printf '%-12s %-8s %4d s' "$name" "$([ "$rc" -eq 0 ] && echo ok || echo "FAILED $rc")" $((SECONDS - begin)))")
-    [ "$rc" -eq 0 ] || failed=1
+stage() { # NAME SECONDS COMMAND ...: run it with its output in $out/NAME.txt, and print the last lines
+    local name=$1 limit=$2 code
+    shift 2
+    timeout --kill-after 10 $((limit * patience)) "$@" > "$out/$name.txt" 2>&1
+    code=$?
+    printf '== %s: exit code %d after %d s in all\n' "$name" "$code" "$SECONDS"
+    grep -v train_loss "$out/$name.txt" | tail -n 12 | cut -c 1-150
+    return "$code"
 }
 
 failed=0
-results=()
-where=${1:---gpu}
-preset=speedrun val_tokens=${VAL_TOKENS:-1048576}
-if [ "$where" = --cpu ]; then
-    preset=tiny val_tokens=${VAL_TOKENS:-65536} CUDA_VISIBLE_DEVICES=
-    export CUDA_VISIBLE_DEVICES
-elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "gpu.sh: $python finds no torch, or torch no CUDA GPU; set PYTHON, or rehearse with bash tests/gpu.sh --cpu" >&2
+if [ "$call" = 1 ]; then
+    nvidia-smi > "$out/machine.txt" 2>&1
+    rm -f "$out/tests_done"
+    stage first_gpu 330 "$python" tests/first_gpu.py --record .public/record.txt --wait "$out/tests_done" "${micro[@]}" &
+    stage tests 270 "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -k "not out_of_memory" --durations 15 || failed=1
+    touch "$out/tests_done"
+    wait $! || failed=1
+    cat "$out/first_gpu.txt"
+elif [ "$call" = 2 ]; then
+    rm -rf "$out/logs"
+    for head in head none; do
+        stage "docs_$head" 150 "$python" train_gpt.py --train_files ".docs/docs_train_*.bin" --val_files ".docs/docs_val_*.bin" \
+            --val_tokens 1048576 --num_iterations 57 --val_loss_every 19 --fp8 "$head" --log_dir "$out/logs" \
+            --run_id "docs_$head" "${docs[@]}" || failed=1
+        awk -F ': ' '/^tokens per second/ {printf "MFU: %.1f%% (121.2M weights in matmuls, 989 TFLOP/s)\n", $2 * 6 * 1.212e6 / 989e10}' \
+            "$out/docs_$head.txt"
+    done
+    [ -e data/local_text ] || stage local_text 60 "$python" data/local_text.py || failed=1
+    run=("$python" train_gpt.py --preset tiny --sample 0 --save_every 50 --log_dir "$out/logs" "${tiny[@]}")
+    for seed in 0 1; do
+        stage "tiny_$seed" 60 "${run[@]}" --seed "$seed" --run_id "tiny_$seed" || failed=1
+    done
+    "${run[@]}" --run_id killed > "$out/killed.txt" 2>&1 &
+    until grep -q "^step:$kill_at/" "$out/logs/killed.txt" 2> /dev/null || ! kill -0 $! 2> /dev/null; do sleep 0.02; done
+    kill -9 $!
+    stage resumed 60 "${run[@]}" --run_id killed --resume auto || failed=1
+    stage out_of_memory 60 "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -k out_of_memory || failed=1
+    if [ -e records/modern/train_modern.py ]; then
+        stage modern 120 "$python" tests/bench.py --script records/modern/train_modern.py --micro_step "${modern[@]}" || failed=1
+    fi
+    find "$out/logs" -name "*.pt" -delete
+else
+    sed -n '2,9s/^# //p' "$0" >&2
     exit 2
 fi
-if [ -z "${DATA:-}" ]; then
-    DATA=data/local_text
-    ls "$DATA"/*train*.bin >/dev/null 2>&1 || stage shards "$python" data/local_text.py
-fi
-
-# As much as there is, where that is less.
-available=$("$python" -c 'import sys, train_gpt; print(train_gpt.DistributedDataLoader(sys.argv[1], 128).num_tokens)' "$DATA/*val*.bin") || exit 2
-[ "$val_tokens" -le "$available" ] || val_tokens=$available
-
-stage tests "$python" -m pytest -m gpu tests/test_gpu.py
-stage benchmark "$python" tests/bench.py "$where"
-rm -f "$out/gpu_run.txt"
-stage training "$python" train_gpt.py --preset "$preset" --train_files "$DATA/*train*.bin" --val_files "$DATA/*val*.bin" --repeat \
-    --val_tokens "$val_tokens" --num_iterations "$steps" --val_loss_every 50 --sample 0 --log_dir "$out" --run_id gpu_run
-
-{
-    printf '\n==== %s\n' "$(grep -m 1 ', torch [0-9]' "$log")"
-    printf '%s\n' "${results[@]}"
-    grep -E '^(a step of|tokens/s|MFU|peak memory:|warm-up)' "$log"
-    grep -E "^step:[0-9]+/$steps val_loss|^tokens per second|^peak memory allocated" "$out/gpu_run.txt" 2>/dev/null
-} | tee -a "$log"
 exit "$failed"

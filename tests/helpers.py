@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shlex
 import signal
 import socket
 import sys
@@ -20,11 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120  # seconds, after which a process that does not end fails its test
 
 # Flags of a run of a second or two. Its shards are those of `write_shards`.
-SMALL = (
+SMALL = shlex.split(
     "--preset tiny --model_dim 32 --num_heads 1 --head_dim 32 --max_window 128 --train_seq_len 128 "
     "--val_seq_len 256 --val_tokens 512 --num_iterations 6 --val_loss_every 3 --sample 0 "
     "--dtype float32 --run_id run --train_files train_*.bin --val_files val_*.bin"
-).split()
+)
 
 STEP_LINE = re.compile(
     r"^step:(?P<step>\d+)/(?P<last>\d+)(?: val_loss:(?P<val_loss>\S+))? train_time:(?P<ms>\d+)ms "
@@ -62,6 +63,19 @@ def documents(length, starts, vocab_size=257, seed=0) -> torch.Tensor:
     ids = torch.randint(vocab_size - 1, (length,), dtype=torch.int32, generator=generator)
     ids[torch.tensor(list(starts), dtype=torch.long)] = vocab_size - 1
     return ids
+
+
+def load_script(path, operators="nanogpt"):
+    """A training script as a module.
+
+    operators: the namespace of its custom operators, since a process can have one of each name.
+    """
+    module = types.ModuleType(f"{Path(path).stem}_{operators}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for their module
+    source = Path(path).read_text(encoding="utf-8").replace("nanogpt", operators)
+    exec(compile(source, path, "exec"), vars(module))
+    return module
 
 
 def train(folder, *flags, **changes) -> int:

@@ -48,7 +48,7 @@ def checkpoint(folder, step, run="logs/run"):
 
 
 def saved_steps(folder):
-    return [int(path.stem[5:]) for path in sorted(folder.glob("logs/run/*"))]
+    return [int(path.stem[5:]) for path in sorted(folder.glob("logs/run/step_*.pt"))]
 
 
 def assert_same_state(path, other):
@@ -199,7 +199,7 @@ def test_foreign_file_is_rejected_and_not_executed(write, folder, capsys):
 def test_checkpoint_of_other_settings_is_rejected(flag, stopped, capsys):
     name, value = flag.removeprefix("--").split("=")
     sentence = refused(capsys, stopped, *SAVING, "--resume=auto", flag)
-    assert f"{name} is {value} here" in sentence
+    assert f"{name} is {value} in this run" in sentence
 
 
 def test_checkpoint_of_other_data_is_rejected(stopped, capsys):
@@ -248,15 +248,15 @@ def test_signal_stops_after_the_step_and_saves(number, folder, capsys):
     (step,) = saved_steps(folder)
     output, error = capsys.readouterr()
     assert step in (3, 4) and f"step:{step}/6" in output.splitlines()[-1]
-    assert error == (
-        f"stopped by signal {number:d} after step {step}; "
-        f"to continue, add --resume logs/run/step_{step:08d}.pt.\n"
+    path = f"logs/run/step_{step:08d}.pt"
+    assert (
+        error == f"stopped by {number.name} after step {step}; to continue, add --resume {path}.\n"
     )
 
 
 def test_signal_without_saving_is_reported(folder, capsys):
     assert train(folder, training_step=sending(signal.SIGTERM)) == 143
-    assert "(nothing is saved)" in capsys.readouterr().err
+    assert "nothing is saved" in capsys.readouterr().err
     assert saved_steps(folder) == []
 
 

@@ -325,7 +325,7 @@ class CautiousAdam(torch.optim.Optimizer):
                     zeros = torch.zeros_like(p, dtype=numbers.dtype)
                     self.state[p] = dict(m=zeros, v=zeros.clone())
                 update = compiled(adam_update) if p.is_cuda and p.ndim == 2 else adam_update
-                # Code for a Parameter would be compiled for its shape, for p.data it is not.
+                # p.data: the shape of a Parameter would be part of the compiled code.
                 update(p.data, p.grad, self.state[p]["m"], self.state[p]["v"], numbers)
 
 
