@@ -55,10 +55,6 @@ def stage(step, S):
     return sum(step >= border for border in (S / 3, 2 * S / 3, S))
 
 
-def batch_factor(step, S):
-    return (1, 2, 3, 3)[stage(step, S)]
-
-
 def rate_factor(step, S):
     x = step / S
     peak = 1 if 3 * step <= S else 1.52 if 3 * step <= 2 * S else 1.73

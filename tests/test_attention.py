@@ -35,21 +35,27 @@ def block_masks(ids, window):
     return NETWORK.create_block_masks(ids, torch.tensor(window, dtype=torch.int32))
 
 
+def check_mask(mask, dense):
+    """Compare a mask with a dense one (T, T), and its lists of blocks with sorted ones."""
+    lists = reference.block_lists(dense)
+    n, token = len(lists["kv"]), torch.arange(len(dense))
+    dense = dense.view(n, -1, n, len(dense) // n)
+    visible_blocks = dense.any(3, keepdim=True).any(1, keepdim=True)
+    inside = mask.mask_mod(0, 0, token[:, None], token).view_as(dense)
+    assert torch.equal(visible_blocks & inside, dense)
+    for name, expected in lists.items():
+        counts = getattr(mask, f"{name}_num_blocks")
+        indices = getattr(mask, f"{name}_indices")
+        rows = zip(counts[0, 0], indices[0, 0].tolist(), strict=True)
+        assert [row[:count] for count, row in rows] == expected
+        assert counts.dtype == indices.dtype == torch.int32
+        assert indices.min() >= 0 and indices.max() < n
+
+
 def check_masks(ids, window):
-    """Compare both masks with the definition, and their lists of blocks with sorted ones."""
-    token = torch.arange(len(ids))
-    causal_in_document = reference.dense_mask(ids, BOUNDARY, len(ids))
-    masks = block_masks(ids, window)
-    for mask, width in zip(masks, (window, max(1, window // 2)), strict=True):
-        assert torch.equal(mask.mask_mod(0, 0, token[:, None], token), causal_in_document)
-        expected = reference.block_lists(reference.dense_mask(ids, BOUNDARY, width))
-        for name, lists in expected.items():
-            counts = getattr(mask, f"{name}_num_blocks")
-            indices = getattr(mask, f"{name}_indices")
-            rows = zip(counts[0, 0], indices[0, 0].tolist(), strict=True)
-            assert [row[:count] for count, row in rows] == lists
-            assert counts.dtype == indices.dtype == torch.int32
-            assert indices.min() >= 0 and indices.max() < len(lists)
+    """The long and the short mask."""
+    for mask, width in zip(block_masks(ids, window), (window, max(1, window // 2)), strict=True):
+        check_mask(mask, reference.dense_mask(ids, BOUNDARY, width))
 
 
 # The number of blocks, and the positions at which documents start.
@@ -82,7 +88,14 @@ def test_block_masks_of_random_documents_match_definition(monkeypatch):
     for seed in range(1000):
         length = 8 * generator.randint(1, 12)
         starts = generator.sample(range(length), generator.choice([0, 1, 2, 5, length // 4]))
-        check_masks(documents(length, starts, seed=seed), generator.randint(1, 14))
+        ids, window = documents(length, starts, seed=seed), generator.randint(1, 14)
+        check_masks(ids, window)
+        # The modern recipe's window, which ends at a token.
+        token = torch.arange(length)
+        near = token[:, None] - token <= 8 * window
+        document = (ids == BOUNDARY).cumsum(0)
+        mask = train_gpt.document_block_mask(document, torch.tensor(window), exact=True)
+        check_mask(mask, near & reference.dense_mask(ids, BOUNDARY, length))
 
 
 def test_visible_tokens_by_hand():

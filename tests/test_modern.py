@@ -1,7 +1,6 @@
 """The modern recipe against its reference implementation, and its runs."""
 
 import dataclasses
-import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,26 +190,6 @@ def test_training_follows_reference(double):
         for name, p in network.named_parameters():
             torch.testing.assert_close(p.data, expected.weights[name], rtol=1e-8, atol=1e-10)
     assert counts == [1, 1, 2, 2, 3, 3, 3, 3]
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 12), (12, 8), (8, 8)])
-def test_normuon_follows_reference(double, shape):
-    p = torch.nn.Parameter(torch.randn(shape))
-    expected = p.detach().clone()
-    optimizer = train_modern.NorMuon(
-        [p], normalize=True, decay=1.2, lr=0.1, momentum=0.9, dtype=torch.float64
-    )
-    states = [{} for _ in expected.view(-1, *shape[-2:])]
-    for _ in range(3):
-        p.grad = torch.randn(shape)
-        optimizer.step()
-        matrices = zip(expected.view(-1, *shape[-2:]), p.grad.view(-1, *shape[-2:]), strict=True)
-        for state, (matrix, gradient) in zip(states, matrices, strict=True):
-            if shape[-2] < shape[-1]:
-                matrix, gradient = matrix.T, gradient.T
-            factor = math.sqrt(max(1, shape[-2] / shape[-1]))
-            reference.normuon(matrix, gradient, state, 0.1, 0.9, factor)
-    torch.testing.assert_close(p.data, expected, rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------

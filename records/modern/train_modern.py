@@ -344,7 +344,7 @@ def bigram_rows(ids: Tensor, last: int) -> Tensor:
     Position 0 has the last row, whose number also stands for its id in the hash of position 1. The
     products wrap around.
     """
-    ids = torch.cat([ids.new_tensor([last]), ids[1:]])
+    ids = F.pad(ids[1:], (1, 0), value=last)
     hashed = (36313 * ids[1:]) ^ (27191 * ids[:-1])
     return torch.cat([ids[:1], hashed.remainder(last)])
 
@@ -358,7 +358,7 @@ def rotary(position: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[T
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring channels of the first half of x (T, heads, head_dim), and keep the rest."""
     turning, still = x.chunk(2, dim=-1)
-    a, b = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = turning.reshape(*x.shape[:2], -1, 2).unbind(-1)
     turned = torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1)
     return torch.cat([turned.flatten(-2), still], dim=-1)
 
