@@ -81,7 +81,7 @@ class MicroStep:
         print(f"{name}: loss {loss:.6f}, first step {seconds:.1f} s, peak {peak:.1f} GiB")
 
     def forward(self):
-        self.loss = self.model(*self.batch)
+        self.loss = self.model(*self.batch).sum()  # a recipe may return several losses
 
     def backward(self):
         self.loss.backward()

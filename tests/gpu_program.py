@@ -19,6 +19,7 @@ Needs cc and a CUDA build of torch 2.11 or 2.13, whose private names it uses.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import math
 import subprocess
 import sys
@@ -204,8 +205,13 @@ def describe(graph, card):
         kernels.append((max(size / card.bandwidth, flop / rate), size, flop, name))
     nodes = graph.scheduler.nodes
     freeable = memory.get_freeable_input_buf(nodes, set(graph.graph_inputs))
-    peak, _ = memory.estimate_peak_memory(nodes, freeable, set(graph.get_output_names()))
-    return [kernel for kernel in kernels if kernel[1]], peak
+    outputs = set(graph.get_output_names())
+    change = [0] * (len(nodes) + 1)  # of the memory, before each kernel
+    for buffer in memory.compute_memory_timeline(nodes, freeable, outputs)[0]:
+        change[buffer.start_step] += buffer.size_alloc
+        if buffer.end_step >= 0:  # outputs stay
+            change[buffer.end_step + 1] -= buffer.size_free
+    return [kernel for kernel in kernels if kernel[1]], max(itertools.accumulate(change))
 
 
 def moved_bytes(node, graph):
