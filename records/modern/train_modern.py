@@ -51,7 +51,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     smear: bool = True  # add a part of the previous embedding to each one
     # Training
     train_seq_len: int = 16 * 1024  # tokens of a training sequence, one micro-step
-    num_iterations: int = 1600  # steps, of which the last fortieth follows the schedule
+    num_iterations: int = 1600  # steps; the last fortieth comes after the schedule
     cooldown_frac: float = 0.55  # fraction of the schedule over which learning rates decay
     embed_lr: float = 0.6  # learning rate of value and bigram embeddings (Adam)
     head_lr: float = 0.008  # learning rate of the head and its embedding (Adam)
