@@ -12,6 +12,7 @@ import argparse
 import functools
 import re
 import statistics
+import sys
 import time
 import traceback
 import types
@@ -52,7 +53,7 @@ def public_network(log, network, hp):
     assert count == 1
     if not GPU:
         text = re.sub(r"^ *@torch.compile\n", "", text.replace('"cuda"', '"cpu"'), flags=re.M)
-    module = types.ModuleType("public")
+    module = sys.modules["public"] = types.ModuleType("public")
     exec(
         "import torch\nfrom dataclasses import dataclass\nfrom pathlib import Path\n" + text,
         vars(module),

@@ -2,8 +2,8 @@
 # Ten minutes on a GPU, in two calls: `bash tests/gpu.sh 1`, then `bash tests/gpu.sh 2`.
 #   1 (5.5 minutes): the GPU tests beside the compilation of a micro-step; then its times, profile and memory, with the head in
 #      FP8 and in bfloat16, and those of the public record's network where its log is at .public/record.txt
-#   2 (4.5 minutes): 57 steps of the speedrun on the shards in .docs (22.4M tokens of GPT-2's vocabulary) with both heads, tiny with
-#      two seeds, a killed run that is resumed, out of memory, a micro-step of the modern recipe
+#   2 (4.5 minutes): 57 steps of the speedrun on the shards in .docs (22.4M tokens of GPT-2's vocabulary) with both heads; then,
+#      at the same time, tiny with two seeds, a killed run that is resumed, out of memory, a micro-step of the modern recipe
 # All results go to $OUT (logs/gpu). Needs torch 2.11 or 2.13, numpy, tqdm and pytest in $PYTHON (python3), and no network.
 # With --rehearse as a second argument everything runs on the CPU at a small size, which proves the scripts.
 set -uo pipefail
@@ -37,6 +37,13 @@ stage() { # NAME SECONDS COMMAND ...: run it with its output in $out/NAME.txt, a
     return "$code"
 }
 
+kill_and_resume() { # seed 0 again, whose curve it continues after kill -9
+    "${run[@]}" --run_id killed > "$out/killed.txt" 2>&1 &
+    until grep -q "^step:$kill_at/" "$out/logs/killed.txt" 2> /dev/null || ! kill -0 $! 2> /dev/null; do sleep 0.02; done
+    kill -9 $!
+    stage resumed 90 "${run[@]}" --run_id killed --resume auto
+}
+
 failed=0
 if [ "$call" = 1 ]; then
     nvidia-smi > "$out/machine.txt" 2>&1
@@ -52,22 +59,18 @@ elif [ "$call" = 2 ]; then
         stage "docs_$head" 150 "$python" train_gpt.py --train_files ".docs/docs_train_*.bin" --val_files ".docs/docs_val_*.bin" \
             --val_tokens 1048576 --num_iterations 57 --val_loss_every 19 --fp8 "$head" --log_dir "$out/logs" \
             --run_id "docs_$head" "${docs[@]}" || failed=1
-        awk -F ': ' '/^tokens per second/ {printf "MFU: %.1f%% (121.2M weights in matmuls, 989 TFLOP/s)\n", $2 * 6 * 1.212e6 / 989e10}' \
+        awk -F ': ' '/^tokens per second/ {printf "MFU: %.1f%% (121.2M weights in matmuls, 989 TFLOP/s)\n", 100 * $2 * 6 * 121.2e6 / 989e12}' \
             "$out/docs_$head.txt"
     done
     [ -e data/local_text ] || stage local_text 60 "$python" data/local_text.py || failed=1
+    # The rest together: their losses count, and their times only roughly.
     run=("$python" train_gpt.py --preset tiny --sample 0 --save_every 50 --log_dir "$out/logs" "${tiny[@]}")
-    for seed in 0 1; do
-        stage "tiny_$seed" 60 "${run[@]}" --seed "$seed" --run_id "tiny_$seed" || failed=1
-    done
-    "${run[@]}" --run_id killed > "$out/killed.txt" 2>&1 &
-    until grep -q "^step:$kill_at/" "$out/logs/killed.txt" 2> /dev/null || ! kill -0 $! 2> /dev/null; do sleep 0.02; done
-    kill -9 $!
-    stage resumed 60 "${run[@]}" --run_id killed --resume auto || failed=1
-    stage out_of_memory 60 "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -k out_of_memory || failed=1
-    if [ -e records/modern/train_modern.py ]; then
-        stage modern 120 "$python" tests/bench.py --script records/modern/train_modern.py --micro_step "${modern[@]}" || failed=1
-    fi
+    stage tiny_0 90 "${run[@]}" --seed 0 --run_id tiny_0 & jobs=($!)
+    stage tiny_1 90 "${run[@]}" --seed 1 --run_id tiny_1 & jobs+=($!)
+    kill_and_resume & jobs+=($!)
+    stage out_of_memory 90 "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -k out_of_memory & jobs+=($!)
+    stage modern 90 "$python" tests/bench.py --script records/modern/train_modern.py --micro_step "${modern[@]}" & jobs+=($!)
+    for job in "${jobs[@]}"; do wait "$job" || failed=1; done
     find "$out/logs" -name "*.pt" -delete
 else
     sed -n '2,9s/^# //p' "$0" >&2
