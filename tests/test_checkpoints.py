@@ -59,9 +59,9 @@ def assert_same_state(path, other):
 
 
 def assert_same_run(folder, finished):
-    """The same losses, where of two lines of one step the later one counts, and the same end."""
+    """The same losses, also of steps that were run twice, and the same end."""
     logs = [(place / "logs" / "run.txt").read_text() for place in (folder, finished)]
-    found, expected = ({line[:1] + line[2:]: line for line in losses(log)} for log in logs)
+    found, expected = (set(losses(log)) for log in logs)
     assert found == expected
     assert_same_state(checkpoint(folder, LAST), checkpoint(finished, LAST))
 
