@@ -46,7 +46,7 @@ def check_mask(mask, dense):
     for name, expected in lists.items():
         counts = getattr(mask, f"{name}_num_blocks")
         indices = getattr(mask, f"{name}_indices")
-        rows = zip(counts[0, 0], indices[0, 0].tolist(), strict=True)
+        rows = zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)
         assert [row[:count] for count, row in rows] == expected
         assert counts.dtype == indices.dtype == torch.int32
         assert indices.min() >= 0 and indices.max() < n

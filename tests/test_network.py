@@ -194,6 +194,8 @@ def test_training_steps_match_plain_optimizers_on_reference():
         blocks = reference.window(step, 5, 384)
         batches = [(documents(256, [0, 40 + step], seed=i), random_targets(256)) for i in range(2)]
         schedule = train_gpt.set_schedule(optimizers, step, hp, CPU)
+        momentum = reference.momentum(step)
+        assert optimizers[1].param_groups[0]["momentum"] == pytest.approx(momentum)
         loss, stops = train_gpt.training_step(
             network, optimizers, batches, schedule, step, True, hp, CPU
         )
@@ -206,7 +208,7 @@ def test_training_steps_match_plain_optimizers_on_reference():
         for name, p in weights.items():
             p.grad = (grads0[name] + grads1[name]) / 2
         adam.step(factor)
-        muon.lr, muon.momentum = hp.muon_lr * factor, reference.momentum(step)
+        muon.lr, muon.momentum = hp.muon_lr * factor, momentum
         muon.step()
         for name, p in network.named_parameters():
             assert p.grad is None
