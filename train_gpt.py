@@ -26,7 +26,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import logging
 import math
 import os
 import platform
@@ -47,6 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
@@ -619,14 +619,29 @@ def scaled_mm(
     )
 
 
-# A torch without Triton would warn here that these operators call no Triton kernels.
-triton_log = logging.getLogger("torch._library.triton")
-triton_log.disabled = True
+def visible_op(name: str):
+    """A decorator that makes a function an operator into which the compiler sees.
+
+    So the compiler fuses the casts of an FP8 matmul with what makes their input.
+    torch.library.triton_op does the same, but imports the compiler at once, which takes seconds.
+    """
+
+    def decorate(function):
+        op = torch.library.custom_op(name, function, mutates_args=())
+        op.register_fake(function)
+
+        @op.register_torch_dispatch(FunctionalTensorMode)
+        def trace(mode, op, types, args, kwargs):
+            with mode:
+                return function(*args, **kwargs)
+
+        return op
+
+    return decorate
 
 
-# "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), with fixed scales. The compiler sees
-# into operators that are declared as triton_op, and fuses their casts with what makes their input.
-@torch.library.triton_op("nanogpt::mm", mutates_args=())
+# "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), with fixed scales
+@visible_op("nanogpt::mm")
 def mm_op(
     x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -639,7 +654,7 @@ def mm_op(
     return scaled_mm(x_f8, w_f8, x_s, w_s, torch.bfloat16, fast=True), x_f8, w_f8
 
 
-@torch.library.triton_op("nanogpt::mm_backward", mutates_args=())
+@visible_op("nanogpt::mm_backward")
 def mm_backward_op(
     grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: float, grad_s: float
 ) -> tuple[Tensor, Tensor]:
@@ -648,9 +663,6 @@ def mm_backward_op(
     grad_x = scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16)
     grad_w = scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32)
     return grad_x, grad_w
-
-
-triton_log.disabled = False
 
 
 def mm_setup_context(ctx, inputs, output):
