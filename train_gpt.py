@@ -19,6 +19,7 @@ Importing this file only defines. To change the network, read the section "Netwo
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -28,24 +29,20 @@ import glob
 import hashlib
 import math
 import os
-import platform
 import re
-import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
-import traceback
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
@@ -59,7 +56,7 @@ class UserError(Exception):
     """An error that the user can fix, as one sentence: what was found, where, and what to do."""
 
 
-def next_multiple_of_n(v: float, *, n: int) -> int:
+def next_multiple_of_n(v, *, n):
     """The smallest positive multiple of n that is at least v."""
     return max(1, math.ceil(v / n)) * n
 
@@ -124,7 +121,6 @@ class Hyperparameters:
             value = getattr(self, name)
             self.require(value > 0 and value % unit == 0, name, f"a positive multiple of {unit}")
         self.require(self.num_layers >= 6, "num_layers", "at least 6")  # two for each value table
-        self.require("/" not in self.run_id, "run_id", "a name without /")
         self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
         self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
         dtypes = ("auto", "bfloat16", "float32")
@@ -186,17 +182,17 @@ PRESETS = {
 }
 
 
-def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
+def learning_rate_factor(step, hp):
     """1 until the cooldown, then a linear decay to 0.1 after the last step."""
     return 0.1 + 0.9 * min(1, (1 - step / hp.num_iterations) / hp.cooldown_frac)
 
 
-def muon_momentum(step: int) -> float:
+def muon_momentum(step):
     """From 0.85 to 0.95 over 300 steps: early gradients change quickly."""
     return 0.85 + 0.1 * min(step / 300, 1)
 
 
-def window_blocks(step: int, hp: Hyperparameters) -> int:
+def window_blocks(step, hp):
     """The attention window in blocks of 128 tokens, which grows linearly with the step.
 
     It is rounded up to whole blocks. Aiming at half a block less than the maximum still ends at the
@@ -206,12 +202,12 @@ def window_blocks(step: int, hp: Hyperparameters) -> int:
     return next_multiple_of_n(tokens, n=BLOCK) // BLOCK
 
 
-def sequences_of_step(step: int, hp: Hyperparameters) -> int:
+def sequences_of_step(step, hp):
     """The number of sequences in a step's global batch. Another recipe may let it grow."""
     return hp.seqs_per_step
 
 
-def can_stop(step: int) -> bool:
+def can_stop(step):
     """Whether a run can be resumed after `step` steps. Another recipe may need an even number."""
     return True
 
@@ -241,15 +237,6 @@ class Machine:
             return False
         return torch.cuda.get_device_capability(self.device) >= (8, 9)
 
-    def peak_memory(self):
-        """Peak memory in MiB, (allocated, reserved). On a CPU both are the peak resident size."""
-        if self.is_gpu:
-            allocated = torch.cuda.max_memory_allocated()
-            return allocated >> 20, torch.cuda.max_memory_reserved() >> 20
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        resident >>= 20 if sys.platform == "darwin" else 10  # bytes on macOS, KiB elsewhere
-        return resident, resident
-
 
 def detect_machine(dtype):
     """This process's own GPU, or the CPU. dtype: of the activations, or "auto".
@@ -257,10 +244,10 @@ def detect_machine(dtype):
     Raises UserError if torchrun's variables contradict each other, where there are fewer GPUs
     than processes, and where the GPU is too old.
     """
-    ranks = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    ranks = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     if not any(ranks):
         ranks = "0", "0", "1"
-    if not all(value and value.isdecimal() for value in ranks) or int(ranks[0]) >= int(ranks[2]):
+    if not all(map(str.isdecimal, ranks)) or int(ranks[0]) >= int(ranks[2]):
         raise UserError(
             f"RANK, LOCAL_RANK and WORLD_SIZE are {ranks}; start several processes with torchrun, "
             "or unset all three for one process."
@@ -327,25 +314,18 @@ def start_processes(config, machine):
         check_equal(configs[0], other, "process 0", f"process {rank}; start all processes alike")
 
 
-def sum_over_processes(t, machine):
-    """Sum a tensor over all processes, in place."""
-    if machine.world_size > 1:
-        dist.all_reduce(t)
-    return t
-
-
-def sum_gradients(parameters, owner: dict[Tensor, int], extra: Tensor, machine: Machine) -> Tensor:
-    """Sum gradients, and `extra` (n,) float32, over all processes. Returns the sum of `extra`.
+def sum_gradients(parameters, owner, extra, machine):
+    """Sum gradients, and `extra` (n,) float32, over all processes, in place.
 
     Gradients of fewer than two dimensions travel with `extra` in one tensor. owner: the rank of the
     process that updates a parameter; its gradient is complete there alone, which takes half of the
     traffic. All communication starts before any is waited for.
     """
     if machine.world_size == 1:
-        return extra
+        return
     parameters = [p for p in parameters if p.grad is not None]
-    small = [p.grad for p in parameters if p.ndim < 2]
-    flat = torch.cat([extra, *(grad.flatten() for grad in small)])
+    small = [extra] + [p.grad for p in parameters if p.ndim < 2]
+    flat = nn.utils.parameters_to_vector(small)
     handles = [dist.all_reduce(flat, async_op=True)]
     for p in parameters:
         if p in owner:
@@ -354,10 +334,7 @@ def sum_gradients(parameters, owner: dict[Tensor, int], extra: Tensor, machine: 
             handles.append(dist.all_reduce(p.grad, async_op=True))
     for handle in handles:
         handle.wait()
-    extra, *sums = flat.split([len(extra), *(grad.numel() for grad in small)])
-    for grad, total in zip(small, sums, strict=True):
-        grad.copy_(total.view_as(grad))
-    return extra
+    nn.utils.vector_to_parameters(flat, small)
 
 
 @contextlib.contextmanager
@@ -374,14 +351,12 @@ def stop_signals():
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, receive)
-    try:
-        yield received
-    finally:
+    with contextlib.ExitStack() as stack:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler != signal.SIG_IGN:
+                signal.signal(number, receive)
+                stack.callback(signal.signal, number, handler)
+        yield received
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,7 +369,7 @@ HEADER_BYTES = 4 * 256
 GPT2_VOCAB = 50257
 
 
-def find_shards(pattern: str) -> list[str]:
+def find_shards(pattern):
     """The files of a glob, sorted; an existing path stands for itself. Raises UserError."""
     pattern = os.path.expanduser(pattern)
     folder, name = os.path.split(pattern)
@@ -410,7 +385,7 @@ def find_shards(pattern: str) -> list[str]:
     return paths
 
 
-def read_header(path: str) -> tuple[int, int]:
+def read_header(path):
     """A shard's number of tokens and its vocabulary size. Raises UserError if it is corrupt."""
     try:
         size = os.path.getsize(path) - HEADER_BYTES
@@ -432,7 +407,7 @@ def read_header(path: str) -> tuple[int, int]:
     return num_tokens, vocab_size
 
 
-def fingerprint(paths: list[str]) -> str:
+def fingerprint(paths):
     """A hash of the first and the last megabyte of each shard. The first holds its length."""
     digest = hashlib.sha256()
     for path in paths:
@@ -441,12 +416,6 @@ def fingerprint(paths: list[str]) -> str:
             file.seek(max(0, os.path.getsize(path) - 2**20))
             digest.update(file.read())
     return digest.hexdigest()[:12]
-
-
-@functools.lru_cache(maxsize=2)  # a step may contain sequences of two epochs
-def random_order(seed, length):
-    """The numbers from 0 to length - 1, shuffled."""
-    return np.random.default_rng(seed).permutation(length)
 
 
 class DistributedDataLoader:
@@ -461,23 +430,19 @@ class DistributedDataLoader:
 
     def __init__(
         self,
-        filename_pattern: str,
-        seq_len: int,
+        filename_pattern,
+        seq_len,
         *,
-        num_tokens: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        repeat: bool = False,
-        shuffle: bool = False,
+        num_tokens=None,
+        rank=0,
+        world_size=1,
+        device="cpu",
+        repeat=False,
+        shuffle=False,
     ):
         self.files = find_shards(filename_pattern)
         self.lengths, vocab_sizes = zip(*map(read_header, self.files), strict=True)
-        if len(set(vocab_sizes)) > 1:
-            raise UserError(
-                f"the shards {filename_pattern} have vocabularies of {sorted(set(vocab_sizes))}; "
-                "use shards of one tokenizer."
-            )
+        self.vocab_sizes = set(vocab_sizes)
         self.vocab_size = vocab_sizes[0]
         *self.starts, self.total = np.cumsum([0, *self.lengths]).tolist()
         self.num_tokens = num_tokens or self.total - 1
@@ -502,14 +467,6 @@ class DistributedDataLoader:
             f"{len(self.files)} shards, {self.total} tokens, fingerprint {fingerprint(self.files)}"
         )
 
-    def start_of(self, index):
-        """The token at which a sequence starts; if shuffled, in another order for each epoch."""
-        if self.shuffle:
-            in_an_epoch = max(1, (self.total - 1) // self.seq_len)
-            epoch, place = divmod(index, in_an_epoch)
-            index = int(random_order(epoch, in_an_epoch)[place])
-        return index * self.seq_len
-
     def read(self, start, count):
         """`count` tokens, uint16, from position `start` of the shards' endless repetition.
 
@@ -518,19 +475,17 @@ class DistributedDataLoader:
         pieces = []
         while count:
             start %= self.total
-            shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-            first = start - self.starts[shard]
-            length = min(count, self.lengths[shard] - first)
-            path = self.files[shard]
-            piece = np.fromfile(path, "<u2", length, offset=HEADER_BYTES + 2 * first)
+            shard = bisect.bisect(self.starts, start) - 1
+            offset = HEADER_BYTES + 2 * (start - self.starts[shard])
+            piece = np.fromfile(self.files[shard], "<u2", count, offset=offset)  # up to its end
             if piece.max() >= self.vocab_size:
                 raise UserError(
-                    f"{path} has token {piece.max()}, beyond its vocabulary of {self.vocab_size}; "
-                    "make it again."
+                    f"{self.files[shard]} has token {piece.max()}, beyond its vocabulary of "
+                    f"{self.vocab_size}; make it again."
                 )
             pieces.append(piece)
-            start += length
-            count -= length
+            start += len(piece)
+            count -= len(piece)
         return np.concatenate(pieces)
 
     def to_device(self, tokens, num_targets):
@@ -538,32 +493,36 @@ class DistributedDataLoader:
 
         Targets from number `num_targets` on are -100.
         """
-        tokens = torch.from_numpy(tokens.view(np.int16))
+        ids = torch.from_numpy(tokens.astype(np.int32))  # few kernels of torch take uint16
         if self.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        ids = tokens.int() & 0xFFFF  # unsigned again; few kernels of torch take uint16
+            ids = ids.pin_memory().to(self.device, non_blocking=True)
         targets = ids[1:].long()
         targets[max(0, num_targets) :] = -100
         return ids[:-1], targets
 
-    def sequence(self, index: int) -> tuple[Tensor, Tensor]:
+    def sequence(self, index):
         """Sequence `index`: inputs (seq_len,) int32 and targets (seq_len,) int64 on the device."""
-        tokens = self.read(self.start_of(index), self.seq_len + 1)
+        place = index
+        if self.shuffle:  # another order in each epoch
+            in_an_epoch = max(1, (self.total - 1) // self.seq_len)
+            epoch, place = divmod(index, in_an_epoch)
+            place = int(np.random.default_rng(epoch).permutation(in_an_epoch)[place])
+        tokens = self.read(place * self.seq_len, self.seq_len + 1)
         return self.to_device(tokens, self.num_tokens - index * self.seq_len)
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
+    def next_batch(self):
         """This process's next sequence: number rank, then rank + world_size, and so on."""
         index = self.position + self.rank
         self.position += self.world_size
         return self.sequence(index)
 
 
-def open_loaders(hp, machine, train_class=DistributedDataLoader, num_sequences=None) -> tuple:
-    """The loaders of the training and of the validation tokens. Raises UserError.
+def open_loaders(hp, machine, num_sequences, train_class=DistributedDataLoader):
+    """The loaders of the training and of the validation tokens.
 
-    num_sequences: that the run trains on, by default the same number in every step.
+    num_sequences: that the run trains on. Raises UserError if a validation shard is trained on, or
+    vocabularies differ.
     """
-    num_sequences = num_sequences or hp.num_iterations * hp.seqs_per_step
     share = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
     train_loader = train_class(
         hp.train_files,
@@ -576,38 +535,33 @@ def open_loaders(hp, machine, train_class=DistributedDataLoader, num_sequences=N
     val_loader = DistributedDataLoader(
         hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **share
     )
-    return train_loader, val_loader
-
-
-def check_shards(train_loader, val_loader):
-    """Raise UserError if a validation shard is trained on, or has another vocabulary."""
-    if train_loader.vocab_size != val_loader.vocab_size:
+    vocab_sizes = train_loader.vocab_sizes | val_loader.vocab_sizes
+    if len(vocab_sizes) > 1:
         raise UserError(
-            f"the training shards have a vocabulary of {train_loader.vocab_size}, and the "
-            f"validation shards one of {val_loader.vocab_size}; use shards of one tokenizer."
+            f"the shards have vocabularies of {sorted(vocab_sizes)}; use shards of one tokenizer "
+            "in --train_files and --val_files."
         )
-    both = set(map(os.path.realpath, train_loader.files))
-    both &= set(map(os.path.realpath, val_loader.files))
+    both = {*map(os.path.realpath, train_loader.files)}
+    both &= {*map(os.path.realpath, val_loader.files)}
     if both:
         raise UserError(
             f"{min(both)} is among the training and the validation shards; change --train_files or "
             "--val_files."
         )
+    return train_loader, val_loader
 
 
 # --------------------------------------------------------------------------------------------------
 # Numerics: matmul in FP8, and attention on a CPU
 
 
-def to_fp8(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def to_fp8(t, scale, dtype):
     """`t * scale` in an FP8 format. Larger values become its largest number, not infinity."""
     largest = torch.finfo(dtype).max
     return (t.float() * scale).clamp(-largest, largest).to(dtype)
 
 
-def scaled_mm(
-    a: Tensor, b: Tensor, a_s: float, b_s: float, dtype: torch.dtype, fast: bool = False
-) -> Tensor:
+def scaled_mm(a, b, a_s, b_s, dtype, fast=False):
     """`a @ b.T / (a_s * b_s)` of two row-major FP8 matrices, the layout that hardware multiplies.
 
     fast: accumulate in less than float32, which is precise enough for activations.
@@ -619,7 +573,7 @@ def scaled_mm(
     )
 
 
-def visible_op(name: str):
+def visible_op(name, schema):
     """A decorator that makes a function an operator into which the compiler sees.
 
     So the compiler fuses the casts of an FP8 matmul with what makes their input.
@@ -627,7 +581,7 @@ def visible_op(name: str):
     """
 
     def decorate(function):
-        op = torch.library.custom_op(name, function, mutates_args=())
+        op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
         op.register_fake(function)
 
         @op.register_torch_dispatch(FunctionalTensorMode)
@@ -641,10 +595,11 @@ def visible_op(name: str):
 
 
 # "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), with fixed scales
-@visible_op("nanogpt::mm")
-def mm_op(
-    x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@visible_op(
+    "nanogpt::mm",
+    "(Tensor x, Tensor w, float x_s, float w_s, float grad_s) -> (Tensor, Tensor, Tensor)",
+)
+def mm_op(x, w, x_s, w_s, grad_s):
     """`x @ w.T` in FP8: bfloat16 (T, out), with x and w in e4m3 for the backward pass.
 
     x: (T, in), w: (out, in), all sizes multiples of 16. grad_s: for the backward pass.
@@ -654,10 +609,12 @@ def mm_op(
     return scaled_mm(x_f8, w_f8, x_s, w_s, torch.bfloat16, fast=True), x_f8, w_f8
 
 
-@visible_op("nanogpt::mm_backward")
-def mm_backward_op(
-    grad: Tensor, x_f8: Tensor, w_f8: Tensor, x_s: float, w_s: float, grad_s: float
-) -> tuple[Tensor, Tensor]:
+@visible_op(
+    "nanogpt::mm_backward",
+    "(Tensor grad, Tensor x_f8, Tensor w_f8, float x_s, float w_s, float grad_s)"
+    " -> (Tensor, Tensor)",
+)
+def mm_backward_op(grad, x_f8, w_f8, x_s, w_s, grad_s):
     """Gradients of `mm` for grad (T, out): of x, bfloat16 (T, in), of w, float32 (out, in)."""
     grad_f8 = to_fp8(grad, grad_s, torch.float8_e5m2)
     grad_x = scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16)
@@ -680,42 +637,35 @@ def mm_autograd(ctx, grad, *_):
 mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
 
 
-class BlockSparseAttention:
-    """Attention under a block mask on a CPU, where FlexAttention has no backward pass.
+def attention_under(block_mask):
+    """Softmax attention under a mask: a function of q, k, v (1, heads, T, head_dim) and `scale`.
 
-    The n query blocks see at most K key blocks each. `blocks` (n, K) are their indices, padded with
-    others that `bias` (n, 128, K * 128) hides: 0 where a query sees a key, otherwise -inf.
+    On a CPU, where FlexAttention has no backward pass, each of the n query blocks attends to a copy
+    of the K key blocks that it sees, or to fewer: `visible` (n, 128, K * 128) hides the others.
     """
+    if block_mask.kv_indices.device.type != "cpu":
+        return functools.partial(flex_attention, block_mask=block_mask)
+    seen = block_mask.to_dense()[0, 0]
+    n = len(seen)
+    K = int(seen.sum(-1).max())
+    listed, blocks = seen.topk(K)
+    token = torch.arange(n * BLOCK).view(n, BLOCK)
+    keys = token[blocks].view(n, 1, K * BLOCK)
+    visible = block_mask.mask_mod(0, 0, token[:, :, None], keys)
+    visible &= listed.bool().repeat_interleave(BLOCK, 1)[:, None]
 
-    def __init__(self, block_mask):
-        seen = block_mask.to_dense()[0, 0]
-        n = len(seen)
-        K = int(seen.sum(-1).max())
-        listed, self.blocks = seen.topk(K)
-        token = torch.arange(n * BLOCK).view(n, BLOCK)
-        queries = token.view(n, BLOCK, 1, 1)
-        keys = token[self.blocks].view(n, 1, K, BLOCK)
-        allowed = block_mask.mask_mod(0, 0, queries, keys) & listed.bool().view(n, 1, K, 1)
-        self.bias = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf).flatten(2)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q, k, v: (1, heads, T, head_dim). Every query has to see a key."""
+    def attend(q, k, v, scale):
         _, H, T, D = q.shape
-        n, K = self.blocks.shape
 
-        def seen(t):  # the keys or values that each query block sees
-            t = t.reshape(H, n, BLOCK * D).index_select(1, self.blocks.flatten())
+        def copies(t):
+            t = t.reshape(H, n, BLOCK * D).index_select(1, blocks.flatten())
             return t.view(H, n, K * BLOCK, D)
 
-        scores = torch.add(self.bias, q.reshape(H, n, BLOCK, D) @ seen(k).mT, alpha=scale)
-        return (scores.softmax(-1).to(v.dtype) @ seen(v)).view(1, H, T, D)
+        q = q.reshape(H, n, BLOCK, D)
+        y = F.scaled_dot_product_attention(q, copies(k), copies(v), visible, scale=scale)
+        return y.reshape(1, H, T, D)
 
-
-def attention_under(block_mask: BlockMask) -> Callable[..., Tensor]:
-    """Softmax attention under a mask, a function of q, k, v (1, heads, T, head_dim) and `scale`."""
-    if block_mask.kv_indices.device.type == "cpu":
-        return BlockSparseAttention(block_mask)
-    return functools.partial(flex_attention, block_mask=block_mask)
+    return attend
 
 
 # --------------------------------------------------------------------------------------------------
@@ -723,9 +673,7 @@ def attention_under(block_mask: BlockMask) -> Callable[..., Tensor]:
 # "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
 
 
-def zeropower_via_newtonschulz5(
-    G: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
+def zeropower_via_newtonschulz5(G, steps, dtype=torch.bfloat16):
     """Approximately the nearest orthogonal matrix: U S V^T becomes U S' V^T, S' near 1.
 
     Each step applies an odd polynomial of degree five to all singular values, with matmuls alone.
@@ -736,17 +684,14 @@ def zeropower_via_newtonschulz5(
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values <= 1; zeros stay zero
-    X = X.to(dtype).reshape(-1, *G.shape[-2:])
+    X = X.to(dtype)
     tall = G.size(-2) > G.size(-1)
     if tall:
         X = X.mT  # the products below are (rows, rows), so rows should be the shorter side
     for _ in range(steps):
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
-        X = torch.baddbmm(X, B, X, beta=a)  # a X + b A X + c A A X
-    if tall:
-        X = X.mT
-    return X.reshape(G.shape)
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
 
 
 class Muon(torch.optim.Optimizer):
@@ -766,13 +711,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params,
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-        rank: int = 0,
-        world_size: int = 1,
-        dtype: torch.dtype = torch.bfloat16,
+        lr=0.02,
+        momentum=0.95,
+        nesterov=True,
+        ns_steps=5,
+        rank=0,
+        world_size=1,
+        dtype=torch.bfloat16,
     ):
         groups = {}
         for p in params:
@@ -793,12 +738,19 @@ class Muon(torch.optim.Optimizer):
         """How many of a group's parameters a process owns."""
         return math.ceil(len(params) / self.world_size)
 
-    def load_state_dict(self, state_dict: dict):
-        """Load the state of all processes, and keep that of this process's own parameters."""
-        super().load_state_dict(state_dict)
-        for p, owner in self.owner.items():
-            if owner != self.rank:
-                self.state.pop(p, None)
+    def state_dict(self):
+        """The state of all processes' parameters, on the CPU. Every process has to call it."""
+        state_dict = super().state_dict()
+        if self.world_size > 1:
+            own = {
+                number: {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state[p].items()}
+                for number, p in enumerate(self.owner)
+                if self.owner[p] == self.rank
+            }
+            shares = [None] * self.world_size
+            dist.all_gather_object(shares, own)
+            state_dict["state"] = {number: t for share in shares for number, t in share.items()}
+        return state_dict
 
     @torch.no_grad()
     def step(self):
@@ -824,10 +776,9 @@ class Muon(torch.optim.Optimizer):
             updates[: len(own)] = self.orthogonal_updates(group, own)
         if self.world_size == 1:
             return updates, None
-        gathered = updates.new_empty(self.world_size * len(updates), *updates.shape[1:])
-        # torch 2.13 renamed all_gather_into_tensor to all_gather_single.
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return gathered, gather(gathered, updates, async_op=True)
+        gathered = updates.new_empty(self.world_size, *updates.shape)
+        handle = dist.all_gather(list(gathered), updates, async_op=True)
+        return gathered.flatten(0, 1), handle
 
     def orthogonal_updates(self, group, own):
         """Advance the momentum of parameters of one shape. Returns their updates (n, *shape)."""
@@ -846,7 +797,7 @@ class Muon(torch.optim.Optimizer):
 # Network: a GPT whose tokens attend within their document and a sliding window
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x):
     """RMS normalization over the last dimension, without weights. Shape and dtype stay.
 
     The eps is torch's default, 1.2e-7 for every dtype. The torch of record #21 took 0.0078 for
@@ -861,15 +812,7 @@ class CastedLinear(nn.Module):
     use_fp8: multiply in FP8 while training, with these scales. The hardware has to support it.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        use_fp8: bool = False,
-        x_s: float = 1.0,
-        w_s: float = 1.0,
-        grad_s: float = 1.0,
-    ):
+    def __init__(self, in_features, out_features, use_fp8=False, x_s=1.0, w_s=1.0, grad_s=1.0):
         super().__init__()
         self.use_fp8 = use_fp8
         self.scales = x_s, w_s, grad_s
@@ -877,7 +820,7 @@ class CastedLinear(nn.Module):
         bound = 3**0.5 * 0.5 * in_features**-0.5
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """(..., in_features) to (..., out_features). Leading dimensions of the weight are rows."""
         weight = self.weight.flatten(0, -2)
         if self.use_fp8 and self.training:
@@ -900,15 +843,15 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
         T = x.size(1)
         cos = self.cos[:T, None]
         sin = self.sin[:T, None]
         # Channel i rotates with channel i + head_dim / 2, for i in the first quarter.
         x1, same1, x2, same2 = x.float().chunk(4, dim=-1)
-        y1 = torch.addcmul(x1 * cos, x2, sin)
-        y2 = torch.addcmul(x2 * cos, x1, -sin)
+        y1 = x1 * cos + x2 * sin
+        y2 = x2 * cos - x1 * sin
         return torch.cat([y1, same1, y2, same2], dim=-1).type_as(x)
 
 
@@ -930,7 +873,7 @@ class CausalSelfAttention(nn.Module):
         # 1 / sqrt(head_dim) is 0.088. Queries and keys have unit RMS: scores reach 0.12 * head_dim.
         self.scale = 0.12
 
-    def forward(self, x: Tensor, ve: Tensor | None, attend: Callable) -> Tensor:
+    def forward(self, x, ve, attend):
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
         qkv = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
@@ -952,7 +895,7 @@ class MLP(nn.Module):
         self.c_proj = CastedLinear(4 * dim, dim)
         nn.init.zeros_(self.c_proj.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """(..., dim) to the same shape and dtype."""
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
@@ -968,7 +911,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
         self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Tensor, ve: Tensor | None, x0: Tensor, attend: Callable) -> Tensor:
+    def forward(self, x, ve, x0, attend):
         """x and x0 (1, T, dim), ve as for attention; returns the shape and dtype of x."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0
         if self.attn is not None:
@@ -987,13 +930,13 @@ class ValueEmbedding(nn.Module):
         self.num_layers = num_layers
         self.embed = nn.ModuleList(nn.Embedding(vocab_size, dim, dtype=dtype) for _ in range(3))
 
-    def forward(self, input_seq: Tensor) -> list[Tensor | None]:
+    def forward(self, input_seq):
         """Ids (T,) to an entry for each layer: (1, T, dim), or None for the layers between."""
         ve = [table(input_seq)[None] for table in self.embed]
         return ve + [None] * (self.num_layers - 6) + ve
 
 
-def window_pattern(num_layers: int) -> str:
+def window_pattern(num_layers):
     """L for each layer with the long window, S for the short one: LSSSLSSLSSSL for 12.
 
     From each end to the middle, one long window is followed by three short ones.
@@ -1002,7 +945,7 @@ def window_pattern(num_layers: int) -> str:
     return half[: (num_layers + 1) // 2] + half[: num_layers // 2][::-1]
 
 
-def document_block_mask(document: Tensor, window: Tensor, exact: bool = False) -> BlockMask:
+def document_block_mask(document, window, exact=False):
     """The mask of causal attention within documents and a window of blocks.
 
     document: number of each token's document, (T,), T a multiple of 128. window: W, 0-d int32.
@@ -1056,18 +999,18 @@ class GPT(nn.Module):
 
     def __init__(
         self,
-        vocab_size: int,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        model_dim: int,
-        max_seq_len: int,
+        vocab_size,
+        num_layers,
+        num_heads,
+        head_dim,
+        model_dim,
+        max_seq_len,
         *,
-        attention_free_layer: int = 7,
-        fp8: str = "none",
-        dtype: torch.dtype = torch.bfloat16,
-        train_seq_len: int | None = None,
-        step_tokens: int | None = None,
+        attention_free_layer=7,
+        fp8="none",
+        dtype=torch.bfloat16,
+        train_seq_len=None,
+        step_tokens=None,
     ):
         super().__init__()
         self.vocab_size = vocab_size
@@ -1102,9 +1045,7 @@ class GPT(nn.Module):
                 layer.use_fp8 = fp8 == "all" or (fp8 == "head" and is_head)
                 layer.scales = x_s, 512.0 if is_head else 128.0, grad_s
 
-    def create_block_masks(
-        self, input_seq: Tensor, sliding_window_num_blocks: Tensor
-    ) -> tuple[BlockMask, BlockMask]:
+    def create_block_masks(self, input_seq, sliding_window_num_blocks):
         """The long and the short mask for ids (T,), T a multiple of 128, and a 0-d int32 window W.
 
         The window of the short mask is max(1, W // 2).
@@ -1137,9 +1078,7 @@ class GPT(nn.Module):
         """
         return 30 * torch.sigmoid(self.lm_head(hidden).float() / 7.5)
 
-    def forward(
-        self, input_seq: Tensor, target_seq: Tensor, sliding_window_num_blocks: Tensor
-    ) -> Tensor:
+    def forward(self, input_seq, target_seq, sliding_window_num_blocks):
         """Mean cross-entropy in nats per token, 0-d float32.
 
         Ids (T,) int32, targets (T,) int64 with -100 where there is none, a window, 0-d int32.
@@ -1209,7 +1148,6 @@ def build_optimizers(model, hp, machine):
     muon = Muon(
         matrices,
         lr=hp.muon_lr,
-        momentum=muon_momentum(0),
         rank=machine.rank,
         world_size=machine.world_size,
         dtype=machine.dtype,  # float32 asks for precise updates, too
@@ -1245,10 +1183,10 @@ def training_step(model, optimizers, batches, window, step, stop, hp, machine):
         total += loss.detach()
     adam, muon = optimizers
     result = torch.stack([total, torch.full_like(total, stop)])
-    result = sum_gradients(list(model.parameters()), muon.owner, result, machine)
+    sum_gradients(model.parameters(), muon.owner, result, machine)
     adam.step()
     muon.step()
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     return result
 
 
@@ -1258,10 +1196,12 @@ def validate(model, loader, window, machine):
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=machine.device)
     for index in range(loader.rank, loader.num_sequences, loader.world_size):
-        num_targets = min(loader.seq_len, loader.num_tokens - index * loader.seq_len)
-        total += model(*loader.sequence(index), window).double() * num_targets
+        inputs, targets = loader.sequence(index)
+        total += model(inputs, targets, window).double() * (targets >= 0).sum()
     model.train()
-    return sum_over_processes(total, machine).item() / loader.num_tokens
+    if machine.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / loader.num_tokens
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1282,7 +1222,7 @@ class Log:
     Raises UserError if it is not, cannot be made, or is being written by another run.
     """
 
-    def __init__(self, path, new):
+    def __init__(self, path, new=False):
         self.path = path
         self.complete = True
         if path is None:
@@ -1324,35 +1264,6 @@ class Log:
 # Checkpoints
 
 CHECKPOINT_FILES = "step_*.pt"
-CHECKPOINT_KEYS = {"step", "run_id", "ms", "config", "model", "optimizers", "random"}
-
-
-def gather_state(optimizer, machine):
-    """The optimizer's state_dict on process 0, with the entries that only other processes keep."""
-    state_dict = optimizer.state_dict()
-    if machine.world_size == 1:
-        return state_dict
-    known = [set(state_dict["state"])]
-    dist.broadcast_object_list(known, src=0)
-    missing = {
-        number: {k: v.cpu() if torch.is_tensor(v) else v for k, v in entry.items()}
-        for number, entry in state_dict["state"].items()
-        if number not in known[0]
-    }
-    gathered = [None] * machine.world_size if machine.rank == 0 else None
-    dist.gather_object(missing, gathered, dst=0)
-    for entries in gathered or []:
-        state_dict["state"] |= entries
-    return state_dict
-
-
-def training_state(network, optimizers, machine):
-    """The state of weights, optimizers and random numbers. Complete on process 0."""
-    return dict(
-        model=network.state_dict(),
-        optimizers=[gather_state(optimizer, machine) for optimizer in optimizers],
-        random=torch.get_rng_state(),
-    )
 
 
 def save_checkpoint(path, state, keep, warns=True):
@@ -1385,7 +1296,7 @@ def newest_first(paths):
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path):
     """A checkpoint in host memory. Loading never executes code of the file.
 
     Raises UserError if the file is missing, corrupt or not a checkpoint of this script.
@@ -1394,8 +1305,8 @@ def load_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare its checksums
             corrupt = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if corrupt or not CHECKPOINT_KEYS.issubset(state):
-            raise ValueError(f"{corrupt or 'its keys'} cannot be right")
+        if corrupt or "run_id" not in state:
+            raise ValueError(corrupt)
     except Exception as error:  # a file may hold anything
         raise UserError(
             f"{path} is not a valid checkpoint ({type(error).__name__}); resume from another one."
@@ -1403,52 +1314,51 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def newest_checkpoint(hp):
-    """The newest valid checkpoint of --run_id, or under --log_dir without one; or (None, {})."""
-    folder = glob.escape(hp.run_id) or "**"
-    for path in newest_first(Path(hp.log_dir).glob(f"{folder}/{CHECKPOINT_FILES}")):
-        try:
-            return path, load_checkpoint(path)
-        except UserError as error:
-            warn(str(error))
-    return None, {}
-
-
 def find_checkpoint(hp, config):
-    """The checkpoint of --resume, or (None, {}). Raises UserError if its config differs."""
-    path, state = None, {}
+    """The checkpoint of --resume and its path, or ({}, None).
+
+    For "auto" it is the newest valid one of --run_id, or under --log_dir without one. Raises
+    UserError if its config differs.
+    """
+    paths = [Path(hp.resume).expanduser()] if hp.resume else []
     if hp.resume == "auto":
-        path, state = newest_checkpoint(hp)
-    elif hp.resume:
-        path, state = Path(hp.resume), load_checkpoint(hp.resume)
-    if state:
+        folder = glob.escape(hp.run_id) or "**"
+        paths = newest_first(Path(hp.log_dir).expanduser().glob(f"{folder}/{CHECKPOINT_FILES}"))
+    for path in paths:
+        try:
+            state = load_checkpoint(path)
+        except UserError as error:
+            if hp.resume != "auto":
+                raise
+            warn(str(error))
+            continue
         other = f"{path}; use the same, or another --resume"
         check_equal(config, state["config"], "this run", other)
-    return path, state
+        return state, path
+    return {}, None
 
 
 def load_state(state, network, optimizers):
-    """Load a checkpoint's weights, optimizers and random numbers, on any number of processes.
+    """Load a checkpoint's weights and optimizers, on any number of processes.
 
     Raises UserError if it belongs to another network.
     """
     try:
         network.load_state_dict(state["model"])
-        for optimizer, state_dict in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(state_dict)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for number, entry in state_dict["state"].items():
-                # load_state_dict rounds state to the dtype of its parameter.
-                loaded = optimizer.state.get(parameters[number], {})
-                for name, value in loaded.items():
-                    if torch.is_tensor(value):
-                        loaded[name] = entry[name].to(value.device)
-    except (RuntimeError, ValueError, KeyError) as error:
+            optimizer.load_state_dict(saved | dict(state={}))
+            # load_state_dict would round state to the dtype of its parameter.
+            for number, entry in saved["state"].items():
+                p = parameters[number]
+                optimizer.state[p] = {
+                    k: v.to(p.device) if torch.is_tensor(v) else v for k, v in entry.items()
+                }
+    except (RuntimeError, ValueError, LookupError) as error:
         raise UserError(
             f"the checkpoint is of another network ({type(error).__name__}); resume it with the "
             "script that wrote it."
         ) from None
-    torch.set_rng_state(state["random"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1468,9 +1378,8 @@ def parse_bool(text):
     return ["false", "true"].index(text.lower()) == 1  # argparse reports a ValueError
 
 
-def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperparameters, str]:
-    """The settings of a command line, and the name of its preset. Raises UserError."""
-    recipe = recipe or sys.modules[__name__]
+def parse_arguments(argv, recipe):
+    """The settings of a command line. Raises UserError."""
     parser = Parser(
         Path(recipe.__file__).name,
         usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]",
@@ -1498,12 +1407,9 @@ def parse_arguments(argv: list[str] | None = None, recipe=None) -> tuple[Hyperpa
             **optional,
         )
     given = vars(parser.parse_args(argv))
-    preset = given.pop("preset")
-    hp = recipe.Hyperparameters(**recipe.PRESETS[preset] | given)
+    hp = recipe.Hyperparameters(**recipe.PRESETS[given.pop("preset")] | given)
     hp.check()
-    hp.log_dir = os.path.expanduser(hp.log_dir)
-    hp.resume = os.path.expanduser(hp.resume)
-    return hp, preset
+    return hp
 
 
 def check_work(hp, sequences, machine):
@@ -1526,56 +1432,49 @@ def check_work(hp, sequences, machine):
         )
 
 
-def header(network, machine, hp, facts, source):
+def header(network, machine, facts, source):
     """The start of a log: the script's source, versions, hardware and settings."""
-    nvidia_smi = ""
     hardware = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    if machine.is_gpu and machine.rank == 0:
-        output = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
-        nvidia_smi = output.stdout
+    if machine.is_gpu:
         hardware = torch.cuda.get_device_name()
     facts |= dict(
-        python=platform.python_version(),
+        python=sys.version,
         cuda=torch.version.cuda,
-        triton=getattr(sys.modules.get("triton"), "__version__", None),
         hardware=hardware,
         world_size=machine.world_size,
         parameters=sum(p.numel() for p in network.parameters()),
         head="FP8" if network.lm_head.use_fp8 else str(machine.dtype),
         attention="FlexAttention" if machine.is_gpu else "block-sparse, in place of FlexAttention",
     )
-    lines = [f"{name}: {value}" for name, value in (facts | vars(hp)).items()]
-    return "\n".join([source, "=" * 100, nvidia_smi, *lines, "=" * 100])
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    nvidia_smi = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
+    return "\n".join([source, "=" * 100, nvidia_smi.stdout, *lines, "=" * 100])
 
 
-def warm_up(model, network, optimizers, hp, machine, recipe):
-    """Compile and run every kernel on synthetic tokens; the weights stay as they were."""
+def warm_up(model, network, optimizers, train_loader, val_loader, hp, machine, recipe):
+    """Compile and run every kernel; the weights stay as they were."""
     weights = {name: t.cpu().clone() for name, t in network.state_dict().items()}
     # The last schedule has the longest window, which needs the most memory.
     schedule = recipe.set_schedule(optimizers, hp.num_iterations, hp, machine)
-    length = max(hp.train_seq_len, hp.val_seq_len)
-    ids = torch.arange(length, device=machine.device) % network.vocab_size
-    batch = ids[: hp.train_seq_len].int(), ids[: hp.train_seq_len]
     # A second micro-step, where there is one, needs memory for the gradients of the first as well.
-    batches = [batch] * min(2, hp.seqs_per_step // machine.world_size)
+    batches = [train_loader.sequence(0)] * min(2, hp.seqs_per_step // machine.world_size)
     for step in range(2):  # a recipe may do other things in odd steps
         recipe.training_step(model, optimizers, batches, schedule, step, False, hp, machine)
-    ids = ids[: hp.val_seq_len]
     with torch.no_grad():
-        model.eval()(ids.int(), ids, schedule)
+        model.eval()(*val_loader.sequence(0), schedule)
     model.train()
     network.load_state_dict(weights)
 
 
 @torch.no_grad()
 def sample(network, num_tokens, schedule, hp):
-    """Sample a document: at most num_tokens, and less than a training sequence.
+    """Sample the start of a document: num_tokens, or fewer than a training sequence has.
 
     Bytes become text, and so do GPT-2's tokens where tiktoken is installed; others are numbers.
     """
     network.eval()
+    torch.manual_seed(hp.seed)
     boundary = network.vocab_size - 1
-    generator = torch.Generator().manual_seed(hp.seed)
     context = min(next_multiple_of_n(num_tokens + 1, n=BLOCK), hp.train_seq_len)
     device = network.lm_head.weight.device
     ids = torch.full((context,), boundary, dtype=torch.int32, device=device)
@@ -1583,11 +1482,8 @@ def sample(network, num_tokens, schedule, hp):
     hidden = torch.compile(network.hidden, dynamic=False) if ids.is_cuda else network.hidden
     for length in range(1, min(num_tokens + 1, context)):
         logits = network.logits(hidden(ids, schedule)[length - 1])
-        probabilities = logits[: network.vocab_size].softmax(-1).cpu()
-        ids[length] = torch.multinomial(probabilities, 1, generator=generator).item()
-        if ids[length] == boundary:
-            break
-    tokens = [token for token in ids.tolist() if token != boundary]
+        ids[length] = torch.multinomial(logits[:boundary].softmax(-1), 1)
+    tokens = ids[1 : num_tokens + 1].tolist()
     if network.vocab_size == 257:
         return bytes(tokens).decode(errors="replace")
     if network.vocab_size == GPT2_VOCAB:
@@ -1598,12 +1494,25 @@ def sample(network, num_tokens, schedule, hp):
     return str(tokens)
 
 
-def due(step, every):
-    """Whether something that happens every so many steps (0: never) happens after `step` steps."""
-    return every > 0 and step % every == 0
+def open_run(hp, state, checkpoint, machine):
+    """The folder of the run's checkpoints, and its log.
+
+    Raises UserError if another run's files have their names.
+    """
+    new_id = time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
+    folder = Path(hp.log_dir).expanduser() / (hp.run_id or state.get("run_id", new_id))
+    continues = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    if machine.rank > 0:
+        return folder, Log(None)
+    if not continues and any(folder.glob(CHECKPOINT_FILES)):
+        raise UserError(
+            f"{folder} holds checkpoints of an earlier run; choose another --run_id, or continue "
+            "that run with --resume auto."
+        )
+    return folder, Log(Path(f"{folder}.txt"), new=not continues and hp.resume != "auto")
 
 
-def train(hp, preset, recipe):
+def train(hp, recipe):
     """Prepare everything, then train.
 
     Returns the exit code: 0, or 128 + N after a stop by signal N, or 1 where the log or the last
@@ -1614,29 +1523,18 @@ def train(hp, preset, recipe):
     last = hp.num_iterations
     sequences = [recipe.sequences_of_step(step, hp) for step in range(last)]
     check_work(hp, sequences, machine)
-    train_loader, val_loader = recipe.open_loaders(hp, machine)
-    check_shards(train_loader, val_loader)
+    train_loader, val_loader = recipe.open_loaders(hp, machine, sum(sequences))
     config = {name: value for name, value in vars(hp).items() if name not in FREE_SETTINGS}
     config |= dict(activations=str(machine.dtype), train_shards=train_loader.summary())
-    checkpoint, state = find_checkpoint(hp, config)
+    state, checkpoint = find_checkpoint(hp, config)
     first = state.get("step", 0)
-    new_id = time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
-    run_id = hp.run_id or state.get("run_id", new_id)
-    folder = Path(hp.log_dir) / run_id  # of the checkpoints
-    continues = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
-    if not continues and machine.rank == 0 and any(folder.glob(CHECKPOINT_FILES)):
-        raise UserError(
-            f"{folder} holds checkpoints of an earlier run; choose another --run_id, or continue "
-            "that run with --resume auto."
-        )
-    new = not continues and hp.resume != "auto"
-    log = Log(Path(f"{folder}.txt") if machine.rank == 0 else None, new)
-    facts = config | dict(
+    folder, log = open_run(hp, state, checkpoint, machine)
+    facts = config | vars(hp)
+    facts |= dict(
         script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
         torch=torch.__version__,
         resumed=(state.get("run_id"), first),
         val_shards=val_loader.summary(),
-        schedule=(hp.val_loss_every, hp.val_tokens, hp.val_seq_len, hp.save_every),
     )
     start_processes(facts, machine)  # the first time that processes wait for each other
 
@@ -1644,17 +1542,18 @@ def train(hp, preset, recipe):
     model = network
     if machine.is_gpu:
         model = torch.compile(network, dynamic=False, fullgraph=True)
-    log.line(header(network, machine, hp, facts | dict(preset=preset), recipe.SOURCE), shown=False)
-    warm_up(model, network, recipe.build_optimizers(network, hp, machine), hp, machine, recipe)
+    if machine.rank == 0:
+        log.line(header(network, machine, facts, recipe.SOURCE), shown=False)
+    optimizers = recipe.build_optimizers(network, hp, machine)
+    warm_up(model, network, optimizers, train_loader, val_loader, hp, machine, recipe)
     optimizers = recipe.build_optimizers(network, hp, machine)
     if state:
         load_state(state, network, optimizers)
-        state = dict(ms=state["ms"])  # the rest is a copy of everything in host memory
         log.line(f"resumed from step {first} of {checkpoint}")
     train_loader.position = sum(sequences[:first])
     bar = tqdm(
         total=sum(sequences) * hp.train_seq_len,
-        initial=sum(sequences[:first]) * hp.train_seq_len,
+        initial=train_loader.position * hp.train_seq_len,
         unit="tok",
         unit_scale=True,
         dynamic_ncols=True,
@@ -1672,13 +1571,9 @@ def train(hp, preset, recipe):
                 f"data; the last checkpoint: {checkpoint or 'none'}."
             )
 
-    def next_batches(step):
-        share = sequences[step] // machine.world_size if step < last else 0
-        return [train_loader.next_batch() for _ in range(share)]
-
     started = time.perf_counter() - state.get("ms", 0.0) / 1000  # without compilation
-    batches = next_batches(first)
-    with contextlib.closing(bar), stop_signals() as signals:
+    state = None  # the checkpoint is a copy of everything in host memory
+    with bar, stop_signals() as signals:
         for step in range(first, last + 1):
             schedule = recipe.set_schedule(optimizers, step, hp, machine)
             ms = 1000 * (time.perf_counter() - started)  # of training
@@ -1688,36 +1583,47 @@ def train(hp, preset, recipe):
                 bar.update(sequences[step - 1] * hp.train_seq_len)
                 report(step, loss, f"{times} train_loss:{loss:.4f}", shown=bar.disable)
             paused = time.perf_counter()  # during validation and saving
-            ends = step == last or (stopping and recipe.can_stop(step))
-            if step == last or (due(step, hp.val_loss_every) and not ends):
+            can_stop = recipe.can_stop(step)
+            ends = step == last or (stopping and can_stop)
+            validates = hp.val_loss_every and step % hp.val_loss_every == 0
+            if step == last or (validates and not ends):
                 loss = recipe.validate(model, val_loader, schedule, machine)
                 report(step, loss, f"val_loss:{loss:.4f} {times}")
-            saves = ends or (due(step, hp.save_every) and recipe.can_stop(step))
-            if step > first and hp.save_every and saves:
+            saves = hp.save_every and (ends or (can_stop and step % hp.save_every == 0))
+            if saves and step > first:
                 path = folder / f"step_{step:08d}.pt"
-                state = dict(step=step, run_id=run_id, ms=ms, config=config)
-                state |= training_state(network, optimizers, machine)
+                state = dict(
+                    step=step,
+                    run_id=folder.name,
+                    ms=ms,
+                    config=config,
+                    model=network.state_dict(),
+                    optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                )
                 saved = machine.rank > 0 or save_checkpoint(path, state, hp.keep, saved)
                 checkpoint = path if saved else checkpoint
             if ends:
                 break
             started += time.perf_counter() - paused
+            share = sequences[step] // machine.world_size
+            batches = (train_loader.next_batch() for _ in range(share))  # read while a GPU works
             result = recipe.training_step(
                 model, optimizers, batches, schedule, step, bool(signals), hp, machine
             )
-            batches = next_batches(step + 1)  # while a GPU works
             loss, stopping = result.tolist()  # waits for all work of this step
 
     if step < last:
         number = signals[0] if signals else signal.SIGTERM  # received by another process
-        how = "nothing is saved without --save_every"
-        if checkpoint:
-            how = f"to continue, add --resume {shlex.quote(str(checkpoint))}"
         if machine.rank == 0:
-            warn(f"stopped by {signal.Signals(number).name} after step {step}; {how}.")
+            name = signal.Signals(number).name
+            how = "nothing is saved without --save_every"
+            if checkpoint:
+                how = f"to continue, add --resume {shlex.quote(str(checkpoint))}"
+            warn(f"stopped by {name} after step {step}; {how}.")
         return 128 + number
-    allocated, reserved = machine.peak_memory()
     log.line(f"tokens per second: {bar.total / ms * 1000:.0f}")
+    allocated = torch.cuda.max_memory_allocated() >> 20  # 0 without a GPU
+    reserved = torch.cuda.max_memory_reserved() >> 20
     log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
     if hp.sample and machine.rank == 0:
         log.line("sample: " + sample(network, hp.sample, schedule, hp))
@@ -1725,7 +1631,7 @@ def train(hp, preset, recipe):
     return int(not (log.complete and saved))
 
 
-def main(argv: list[str] | None = None, recipe=None) -> int:
+def main(argv=None, recipe=None):
     """Run a recipe (default: this module) with the flags in argv (default: the command line's).
 
     Returns the exit code: 0, 1 where something could not be written, 2 after an error that the user
@@ -1736,8 +1642,8 @@ def main(argv: list[str] | None = None, recipe=None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a sample may not fit the terminal's encoding
     try:
-        hp, preset = parse_arguments(argv, recipe)
-        code = train(hp, preset, recipe)
+        hp = parse_arguments(argv, recipe)
+        code = train(hp, recipe)
     except UserError as error:
         code = 2
         warn(f"{Path(recipe.__file__).name}: {error}")
@@ -1748,14 +1654,7 @@ def main(argv: list[str] | None = None, recipe=None) -> int:
             f"--seqs_per_step {2 * hp.seqs_per_step} trains on as many tokens a step in smaller "
             "parts, --val_seq_len does the same for validation, and README.md has the cards' flags."
         )
-    except BaseException:
-        if not dist.is_initialized():
-            raise
-        code = 1
-        traceback.print_exc()
-    if dist.is_initialized():
-        if code in (1, 2):
-            os._exit(code)  # destroying NCCL's group would wait for processes that continue
+    if dist.is_initialized() and code != 2:
         dist.destroy_process_group()
     return code
 

@@ -141,7 +141,8 @@ def find_data(flags):
     given = vars(parser.parse_known_args(flags)[0])
     if given.get("preset", "speedrun") not in train_gpt.PRESETS:
         return []
-    hp, _ = train_gpt.parse_arguments([f"--{name}={value}" for name, value in given.items()])
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    hp = train_gpt.parse_arguments(flags, train_gpt)
     patterns = hp.train_files, hp.val_files
     return [train_gpt.fingerprint(train_gpt.find_shards(pattern)) for pattern in patterns]
 

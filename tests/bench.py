@@ -125,14 +125,10 @@ class Subject:
     def __init__(self, script, flags):
         self.script = script
         base = getattr(script, "train_gpt", script)  # what a recipe builds on
-        recipe = [] if base is script else [script]
-        self.hp, preset = base.parse_arguments(flags, *recipe)
-        if hasattr(base, "detect_machine"):
-            base.configure_torch(script.SOURCE)
-            self.machine = base.detect_machine(self.hp.dtype)
-        else:  # before November 2026
-            self.machine = base.Machine.detect()
-        self.vocab_size = 257 if preset == "tiny" else base.GPT2_VOCAB
+        self.hp = base.parse_arguments(flags, script)
+        base.configure_torch(script.SOURCE)
+        self.machine = base.detect_machine(self.hp.dtype)
+        self.vocab_size = 257 if "tiny" in flags else base.GPT2_VOCAB
         self.network = script.build_model(self.hp, self.vocab_size, self.machine)
         self.optimizers = script.build_optimizers(self.network, self.hp, self.machine)
         self.model = compiled(self.network)

@@ -263,7 +263,7 @@ def main():
     parser.add_argument("--top", type=int, default=0, help="slowest kernels to print of each graph")
     arguments, flags = parser.parse_known_args()
     recipe = helpers.load_script(arguments.script)
-    hp, _ = train_gpt.parse_arguments(flags, recipe)
+    hp = train_gpt.parse_arguments(flags, recipe)
     card = CARDS[arguments.capability]
     graphs, sources = [], {}
     pretend(arguments.capability, card, graphs, sources)

@@ -54,7 +54,7 @@ def saved_steps(folder):
 def assert_same_state(path, other):
     """Of two checkpoints, bit for bit."""
     state, expected = (train_gpt.load_checkpoint(file) for file in (path, other))
-    for name in ("step", "model", "optimizers", "random"):
+    for name in ("step", "model", "optimizers"):
         torch.testing.assert_close(state[name], expected[name], rtol=0, atol=0)
 
 
@@ -172,7 +172,7 @@ def write_zip(path):
         archive.writestr("data.txt", "text")
 
 
-WITH_CODE = dict.fromkeys(train_gpt.CHECKPOINT_KEYS) | dict(model=Code())
+WITH_CODE = dict(run_id="run", model=Code())
 FOREIGN = dict(
     missing=lambda path: None,
     empty=lambda path: path.touch(),

@@ -156,23 +156,27 @@ def test_vocabulary_of_public_shards_is_that_of_gpt2(tmp_path):
     assert train_gpt.read_header(path) == (2, 50257)
 
 
+def open_loaders(folder, pattern):
+    files = dict(train_files=f"{folder}/{pattern}", val_files=f"{folder}/val_0.bin")
+    hp = train_gpt.Hyperparameters(**files, train_seq_len=128, val_seq_len=128, val_tokens=0)
+    machine = train_gpt.Machine(torch.device("cpu"), torch.float32)
+    return train_gpt.open_loaders(hp, machine, 1)
+
+
 def test_shards_of_two_vocabularies_are_rejected(tmp_path):
     write_shards(tmp_path)
-    write_shard(tmp_path / "train_2.bin", [1, 2], vocab_size=50257)
-    assert "[257, 50257]" in rejection(Loader, str(tmp_path / "train_*.bin"), 128)
-    other, val = (Loader(str(tmp_path / name), 1) for name in ("train_2.bin", "val_0.bin"))
-    assert "50257" in rejection(train_gpt.check_shards, other, val)
+    write_shard(tmp_path / "train_2.bin", [1] * 200, vocab_size=50257)
+    for pattern in ("train_*.bin", "train_2.bin"):
+        assert "[257, 50257]" in rejection(open_loaders, tmp_path, pattern)
 
 
 def test_validation_shard_among_training_shards_is_rejected(tmp_path):
     """By its name or by a link."""
     write_shards(tmp_path)
     (tmp_path / "train_2.bin").symlink_to(tmp_path / "val_0.bin")
-    val = Loader(str(tmp_path / "val_*.bin"), 128)
     for pattern in ("*.bin", "train_*.bin"):
-        loader = Loader(str(tmp_path / pattern), 128)
-        assert "val_0.bin" in rejection(train_gpt.check_shards, loader, val)
-    train_gpt.check_shards(Loader(str(tmp_path / "train_[01].bin"), 128), val)
+        assert "val_0.bin" in rejection(open_loaders, tmp_path, pattern)
+    open_loaders(tmp_path, "train_[01].bin")
 
 
 def test_shards_are_found_by_the_names_people_write(tmp_path, monkeypatch):

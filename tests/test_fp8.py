@@ -89,9 +89,9 @@ import train_gpt
 
 for body in ("x @ x", "x @ x @ x"):
     if os.fork() == 0:
-        source = "def mm(x: torch.Tensor) -> torch.Tensor: return " + body
+        source = "def mm(x): return " + body
         exec(source)
-        operator = train_gpt.visible_op("nanogpt::mm")(mm)
+        operator = train_gpt.visible_op("nanogpt::mm", "(Tensor x) -> Tensor")(mm)
         train_gpt.configure_torch(source)
         print(torch.compile(operator)(torch.full((2, 2), 3.0)).sum().item(), flush=True)
         os._exit(0)

@@ -112,16 +112,14 @@ def train(rank, world_size, state=None):
     for step in range(2):
         set_gradients(parameters, step)
         muon.step()
-    kept = [set(muon.state)]
+    kept = [p in muon.state for p in parameters]
+    gathered = copy.deepcopy(muon.state_dict())
     if state:
         muon = train_gpt.Muon(parameters, **options)
         muon.load_state_dict(state)
-        kept.append(set(muon.state))
-        assert kept[0] == kept[1]
-    state = copy.deepcopy(muon.state_dict())
     set_gradients(parameters, 2)
     muon.step()
-    return [p.detach() for p in parameters], state, [p in kept[0] for p in parameters]
+    return [p.detach() for p in parameters], gathered, kept
 
 
 def worker(rank, world_size, state, folder):
@@ -141,7 +139,8 @@ def test_processes_agree_with_one_and_share_the_state(world_size, tmp_path):
         worker, (world_size, state, str(tmp_path)), nprocs=world_size, start_method="fork"
     )
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
-    for parameters, _, _ in results:
+    for parameters, gathered, _ in results:
+        torch.testing.assert_close(gathered, state, rtol=0, atol=1e-6)
         for p, first, alone in zip(parameters, results[0][0], expected, strict=True):
             torch.testing.assert_close(p, alone, rtol=0, atol=1e-6)
             assert torch.equal(p, first)  # processes must not differ by a single bit

@@ -49,8 +49,8 @@ def test_log_begins_with_source_versions_and_settings(started_by_hand):
     log = started_by_hand[1]
     assert log.startswith(source)
     head, _ = log.removeprefix(source).split("\nstep:0/")
-    hp, preset = train_gpt.parse_arguments([*SMALL, "--sample=40"])
-    values = vars(hp) | dict(preset=preset, torch=torch.__version__, world_size=1)
+    hp = train_gpt.parse_arguments([*SMALL, "--sample=40"], train_gpt)
+    values = vars(hp) | dict(torch=torch.__version__, world_size=1)
     for name, value in values.items():
         assert f"\n{name}: {value}\n" in head
     assert re.search(r"\ntrain_shards: 2 shards, 12000 tokens, fingerprint \w+\n", head)
@@ -81,9 +81,9 @@ def test_logged_losses_equal_steps_by_hand(folder, monkeypatch):
     """The warm-up leaves no trace, and each step has its own batch and schedule."""
     assert train(folder, "--val_loss_every=0") == 0
     monkeypatch.chdir(folder)
-    hp, _ = train_gpt.parse_arguments(SMALL)
+    hp = train_gpt.parse_arguments(SMALL, train_gpt)
     machine = train_gpt.Machine(torch.device("cpu"), torch.float32)
-    loader, _ = train_gpt.open_loaders(hp, machine)
+    loader, _ = train_gpt.open_loaders(hp, machine, hp.num_iterations * hp.seqs_per_step)
     model = train_gpt.build_model(hp, loader.vocab_size, machine)
     optimizers = train_gpt.build_optimizers(model, hp, machine)
     expected = []

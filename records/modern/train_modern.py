@@ -15,7 +15,6 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +139,7 @@ def window_blocks(stage, hp):
     return max(1, round((3, 7, 11, 13, 20)[stage] / 13 * hp.max_window / BLOCK))
 
 
-def yarn(stage, hp) -> tuple[Tensor, float]:
+def yarn(stage, hp):
     """Rotary frequencies, radians a token (head_dim / 4,), and the scale of the scores.
 
     Where the window grows, frequencies of less than one turn in it shrink by the same factor, those
@@ -210,20 +209,19 @@ class PackingDataLoader(train_gpt.DistributedDataLoader):
         """Sequence `index`: inputs (seq_len,) int32 and targets (seq_len,) int64 on the device."""
         epoch, place = divmod(index, len(self.packed))
         if self.shuffle:
-            place = train_gpt.random_order(epoch, len(self.packed))[place]
+            place = np.random.default_rng(epoch).permutation(len(self.packed))[place]
         documents = [
             self.read(int(start), int(n)) for start, n in zip(*self.packed[place], strict=True)
         ]
         return self.to_device(np.concatenate(documents)[: self.seq_len + 1], self.seq_len)
 
 
-def open_loaders(hp, machine):
+def open_loaders(hp, machine, num_sequences):
     """The loaders of the training and of the validation tokens. Raises UserError."""
-    num_sequences = sum(sequences_of_step(step, hp) for step in range(hp.num_iterations))
     loader = train_gpt.DistributedDataLoader
     if hp.pack:
         loader = functools.partial(PackingDataLoader, max_document=hp.max_document)
-    return train_gpt.open_loaders(hp, machine, loader, num_sequences)
+    return train_gpt.open_loaders(hp, machine, num_sequences, loader)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,7 +237,7 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def polar_express(G, steps, dtype):
     """Approximately the nearest orthogonal matrices to G (..., rows, cols), in `dtype`.
 
     The polynomial of each step is the best one for what the step before leaves. "The Polar Express"
@@ -285,7 +283,7 @@ class NorMuon(train_gpt.Muon):
         return updates + self.decay * group["lr"] * weights * agree
 
 
-def adam_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, numbers: Tensor):
+def adam_update(p, grad, m, v, numbers):
     """Adam of one tensor, in place, with weight decay where it has the sign of the update.
 
     numbers (5,): 1 - beta1, 1 - beta2, learning rate over 1 - beta1 ** t, root of 1 - beta2 ** t,
@@ -333,12 +331,12 @@ class CautiousAdam(torch.optim.Optimizer):
 # Network
 
 
-def gate(x: Tensor, weight: Tensor) -> Tensor:
+def gate(x, weight):
     """A sigmoid of the first channels: x (T, dim), weight (n, 12), to (T, n)."""
     return torch.sigmoid(F.linear(x[:, : weight.size(1)], weight.type_as(x)))
 
 
-def bigram_rows(ids: Tensor, last: int) -> Tensor:
+def bigram_rows(ids, last):
     """Row of the bigram table for each of the ids (T,) int32, from a hash with the id before.
 
     Position 0 has the last row, whose number also stands for its id in the hash of position 1. The
@@ -349,13 +347,13 @@ def bigram_rows(ids: Tensor, last: int) -> Tensor:
     return torch.cat([ids[:1], hashed.remainder(last)])
 
 
-def rotary(position: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(position, frequencies, dtype):
     """cos and sin of positions (T, heads or 1): (T, heads or 1, head_dim / 4)."""
     angle = position[..., None] * frequencies
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x, cos, sin):
     """Turn neighbouring channels of the first half of x (T, heads, head_dim), and keep the rest."""
     turning, still = x.chunk(2, dim=-1)
     a, b = turning.reshape(*x.shape[:2], -1, 2).unbind(-1)
@@ -363,7 +361,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.flatten(-2), still], dim=-1)
 
 
-def attention_within(document: Tensor, window: Tensor) -> Callable:
+def attention_within(document, window):
     """Attention to the document's rows from `window` blocks before the query on."""
     return train_gpt.attention_under(train_gpt.document_block_mask(document, window, exact=True))
 
@@ -387,7 +385,7 @@ class CausalSelfAttention(train_gpt.CausalSelfAttention):
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, 12))
         self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, 12)) if has_values else None
 
-    def forward(self, x: Tensor, ve: Tensor | None, scale: Tensor, turn: tuple, attend) -> Tensor:
+    def forward(self, x, ve, scale, turn, attend):
         """x (T, dim), ve (T, num_heads * head_dim) or None, turn (cos, sin); returns (T, dim)."""
         T = len(x)
         heads = self.num_heads, self.head_dim
@@ -616,7 +614,7 @@ def training_step(model, optimizers, batches, schedule, step, stop, hp, machine)
         head.grad += embed.grad
         embed.grad = None
     parameters = model.parameters() if adam_steps else muon.owner
-    result = train_gpt.sum_gradients(parameters, muon.owner, result, machine)
+    train_gpt.sum_gradients(parameters, muon.owner, result, machine)
     muon.step()
     muon.zero_grad()
     if adam_steps:
