@@ -133,10 +133,10 @@ class Hyperparameters:
 
 # Settings that may change when a run is resumed. The data and the dtype of the activations are
 # compared by what these settings lead to.
-FREE_SETTINGS = {
+FREE_SETTINGS = [
     *("train_files", "val_files", "val_tokens", "val_seq_len", "val_loss_every", "sample", "dtype"),
     *("log_dir", "run_id", "save_every", "keep", "resume"),
-}
+]
 
 PRESETS = {
     "speedrun": {},  # 124M parameters as GPT-2 counts them
@@ -232,9 +232,9 @@ class Machine:
 
     @property
     def supports_fp8(self):
-        """Whether the device multiplies e4m3 and e5m2: NVIDIA's, capability 8.9 and up."""
-        if not self.is_gpu or torch.version.hip:  # AMD's cards have FP8 formats of their own
-            return False
+        """Whether bfloat16 matmuls may be in e4m3 and e5m2: NVIDIA's, capability 8.9 and up."""
+        if self.dtype != torch.bfloat16 or not self.is_gpu or torch.version.hip:
+            return False  # AMD's cards have FP8 formats of their own
         return torch.cuda.get_device_capability(self.device) >= (8, 9)
 
 
@@ -441,7 +441,7 @@ class DistributedDataLoader:
         shuffle=False,
     ):
         self.files = find_shards(filename_pattern)
-        self.lengths, vocab_sizes = zip(*map(read_header, self.files), strict=True)
+        self.lengths, vocab_sizes = zip(*map(read_header, self.files))
         self.vocab_sizes = set(vocab_sizes)
         self.vocab_size = vocab_sizes[0]
         *self.starts, self.total = np.cumsum([0, *self.lengths]).tolist()
@@ -731,12 +731,9 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         self.owner = {}  # parameter: rank of the process that keeps its state
         for group in groups.values():
+            share = math.ceil(len(group) / world_size)
             for i, p in enumerate(group):
-                self.owner[p] = i // self.share(group)
-
-    def share(self, params):
-        """How many of a group's parameters a process owns."""
-        return math.ceil(len(params) / self.world_size)
+                self.owner[p] = i // share
 
     def state_dict(self):
         """The state of all processes' parameters, on the CPU. Every process has to call it."""
@@ -744,8 +741,8 @@ class Muon(torch.optim.Optimizer):
         if self.world_size > 1:
             own = {
                 number: {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state[p].items()}
-                for number, p in enumerate(self.owner)
-                if self.owner[p] == self.rank
+                for number, (p, owner) in enumerate(self.owner.items())
+                if owner == self.rank
             }
             shares = [None] * self.world_size
             dist.all_gather_object(shares, own)
@@ -756,11 +753,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
         updates = [self.gather_updates(group) for group in self.param_groups]
-        for group, (update, handle) in zip(self.param_groups, updates, strict=True):
+        for group, (update, handle) in zip(self.param_groups, updates):
             if handle is not None:
                 handle.wait()
             tall_factor = max(1, update.size(-2) / update.size(-1)) ** 0.5
-            for p, u in zip(group["params"], update, strict=False):
+            for p, u in zip(group["params"], update):
                 p.add_(u, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * tall_factor)
 
     def gather_updates(self, group):
@@ -770,7 +767,8 @@ class Muon(torch.optim.Optimizer):
         handle to wait for before they are read, or None.
         """
         params = group["params"]
-        updates = params[0].new_zeros(self.share(params), *params[0].shape, dtype=self.dtype)
+        share = sum(self.owner[p] == 0 for p in params)
+        updates = params[0].new_zeros(share, *params[0].shape, dtype=self.dtype)
         own = [p for p in params if self.owner[p] == self.rank]
         if own:
             updates[: len(own)] = self.orthogonal_updates(group, own)
@@ -967,8 +965,8 @@ def document_block_mask(document, window, exact=False):
 
     def nearest_first(dim, direction):
         """Numbers and indices of the partly, then of the fully visible blocks of each block."""
-        full = every_pair.sum(dim, dtype=torch.int32)
-        partial = 1 + some_pair.sum(dim, dtype=torch.int32) - full
+        full = every_pair.sum(dim).int()
+        partial = 1 + some_pair.sum(dim).int() - full
         beyond = torch.where(j > 0, full[:, None], 0)
         partial_blocks = i + direction * (j + beyond)
         full_blocks = i + direction * (j + 1)
@@ -991,10 +989,8 @@ class GPT(nn.Module):
     learned weight, as in "U-Net" (Ronneberger et al., 2015). The last token of the vocabulary
     starts a document.
 
-    fp8: matmuls in FP8: "none", "head", or "all", with the hidden ones.
     dtype: of the activations and the embeddings; the other weights are float32.
-    train_seq_len: tokens of a micro-step. step_tokens: tokens of a step, over which the loss is
-    averaged; the more there are, the larger the scale of FP8 gradients.
+    train_seq_len: tokens of a micro-step.
     """
 
     def __init__(
@@ -1007,10 +1003,8 @@ class GPT(nn.Module):
         max_seq_len,
         *,
         attention_free_layer=7,
-        fp8="none",
         dtype=torch.bfloat16,
         train_seq_len=None,
-        step_tokens=None,
     ):
         super().__init__()
         self.vocab_size = vocab_size
@@ -1022,28 +1016,11 @@ class GPT(nn.Module):
         rotary = Rotary(head_dim, max_seq_len)  # one table for all layers
         self.blocks = nn.ModuleList()
         for i in range(num_layers):
-            has_attention = i != attention_free_layer
-            self.blocks.append(Block(model_dim, num_heads, head_dim, rotary, has_attention))
+            attends = i != attention_free_layer
+            self.blocks.append(Block(model_dim, num_heads, head_dim, rotary, attends))
         self.skip_weights = nn.Parameter(torch.ones(self.num_skips))
         self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128))
         nn.init.zeros_(self.lm_head.weight)
-        self.choose_fp8(fp8, step_tokens or self.train_seq_len)
-
-    def choose_fp8(self, fp8, step_tokens):
-        """Decide which matmuls are in FP8, and what their operands are multiplied by.
-
-        e4m3 holds up to 448: activations up to 224, head weights up to 0.875, hidden ones up to
-        3.5. Squares, the input of an MLP's second layer, are larger than other activations.
-        """
-        # As in record #21. A logit's gradient is at most 1 / step_tokens, scaled at most 10.7. e5m2
-        # reaches from 57344 down to 2**-16.
-        grad_s = 2.0**19 * step_tokens / (48 * 1024)
-        for name, layer in self.named_modules():
-            if isinstance(layer, CastedLinear):
-                is_head = layer is self.lm_head
-                x_s = 0.5 if name.endswith("mlp.c_proj") else 2.0
-                layer.use_fp8 = fp8 == "all" or (fp8 == "head" and is_head)
-                layer.scales = x_s, 512.0 if is_head else 128.0, grad_s
 
     def create_block_masks(self, input_seq, sliding_window_num_blocks):
         """The long and the short mask for ids (T,), T a multiple of 128, and a 0-d int32 window W.
@@ -1087,7 +1064,7 @@ class GPT(nn.Module):
         # The logits of a longer sequence, as in validation, might not fit on the card at once.
         hiddens = hidden.split(self.train_seq_len)
         targets = target_seq.split(self.train_seq_len)
-        total = sum(self.loss_sum(h, t) for h, t in zip(hiddens, targets, strict=True))
+        total = sum(self.loss_sum(h, t) for h, t in zip(hiddens, targets))
         return total / (target_seq >= 0).sum()
 
     def loss_sum(self, hidden, target_seq):
@@ -1108,11 +1085,29 @@ class GPT(nn.Module):
 # Training step and validation
 
 
+def choose_fp8(network, fp8, step_tokens):
+    """Decide which matmuls are in FP8, and what their operands are multiplied by.
+
+    fp8: "none", "head", or "all", with the hidden ones. step_tokens: over which the loss is
+    averaged; the more there are, the larger the scale of gradients. e4m3 holds up to 448:
+    activations up to 224, head weights up to 0.875, hidden ones up to 3.5. Squares, the input of an
+    MLP's second layer, are larger than other activations.
+    """
+    # As in record #21. A logit's gradient is at most 1 / step_tokens, scaled at most 10.7. e5m2
+    # reaches from 57344 down to 2**-16.
+    grad_s = 2.0**19 * step_tokens / (48 * 1024)
+    for name, layer in network.named_modules():
+        if isinstance(layer, CastedLinear):
+            is_head = layer is network.lm_head
+            x_s = 0.5 if name.endswith("mlp.c_proj") else 2.0
+            layer.use_fp8 = fp8 == "all" or (fp8 == "head" and is_head)
+            layer.scales = x_s, 512.0 if is_head else 128.0, grad_s
+
+
 def build_model(hp, vocab_size, machine):
     """The network on the machine's device. A seed gives the same weights on every device."""
     torch.manual_seed(hp.seed)
-    use_fp8 = machine.supports_fp8 and machine.dtype == torch.bfloat16
-    model = GPT(
+    network = GPT(
         vocab_size,
         hp.num_layers,
         hp.num_heads,
@@ -1120,21 +1115,21 @@ def build_model(hp, vocab_size, machine):
         hp.model_dim,
         max(hp.train_seq_len, hp.val_seq_len),
         attention_free_layer=hp.attention_free_layer,
-        fp8=hp.fp8 if use_fp8 else "none",
         dtype=machine.dtype,
         train_seq_len=hp.train_seq_len,
-        step_tokens=hp.seqs_per_step * hp.train_seq_len,
     )
-    return model.to(machine.device)
+    if machine.supports_fp8:
+        choose_fp8(network, hp.fp8, hp.seqs_per_step * hp.train_seq_len)
+    return network.to(machine.device)
 
 
-def build_optimizers(model, hp, machine):
+def build_optimizers(network, hp, machine):
     """Adam for the embeddings, the head and the scalars; Muon for the matrices between."""
-    head = [model.lm_head.weight]
-    embeds = [*model.embed.parameters(), *model.value_embeds.parameters()]
-    scalars = [p for p in model.parameters() if p.ndim < 2]
+    head = [network.lm_head.weight]
+    embeds = [*network.embed.parameters(), *network.value_embeds.parameters()]
+    scalars = [p for p in network.parameters() if p.ndim < 2]
     others = {*head, *embeds, *scalars}
-    matrices = [p for p in model.parameters() if p not in others]
+    matrices = [p for p in network.parameters() if p not in others]
     groups = [
         dict(params=head, lr=hp.head_lr),
         dict(params=embeds, lr=hp.embed_lr),
@@ -1170,7 +1165,7 @@ def set_schedule(optimizers, step, hp, machine):
     return torch.full((), window_blocks(step, hp), dtype=torch.int32, device=machine.device)
 
 
-def training_step(model, optimizers, batches, window, step, stop, hp, machine):
+def training_step(network, optimizers, batches, window, step, stop, hp, machine):
     """One optimizer step on the mean gradient over the global batch.
 
     batches: this process's micro-batches. stop: whether this process was asked to stop. Returns
@@ -1178,27 +1173,27 @@ def training_step(model, optimizers, batches, window, step, stop, hp, machine):
     """
     total = torch.zeros((), device=machine.device)
     for inputs, targets in batches:
-        loss = model(inputs, targets, window) / hp.seqs_per_step
+        loss = network(inputs, targets, window) / hp.seqs_per_step
         loss.backward()
         total += loss.detach()
     adam, muon = optimizers
     result = torch.stack([total, torch.full_like(total, stop)])
-    sum_gradients(model.parameters(), muon.owner, result, machine)
+    sum_gradients(network.parameters(), muon.owner, result, machine)
     adam.step()
     muon.step()
-    model.zero_grad()
+    network.zero_grad()
     return result
 
 
 @torch.no_grad()
-def validate(model, loader, window, machine):
+def validate(network, loader, window, machine):
     """Mean loss in nats per token over exactly loader.num_tokens, shared by the processes."""
-    model.eval()
+    network.eval()
     total = torch.zeros((), dtype=torch.float64, device=machine.device)
     for index in range(loader.rank, loader.num_sequences, loader.world_size):
         inputs, targets = loader.sequence(index)
-        total += model(inputs, targets, window).double() * (targets >= 0).sum()
-    model.train()
+        total += network(inputs, targets, window).double() * (targets >= 0).sum()
+    network.train()
     if machine.world_size > 1:
         dist.all_reduce(total)
     return total.item() / loader.num_tokens
@@ -1332,8 +1327,7 @@ def find_checkpoint(hp, config):
                 raise
             warn(str(error))
             continue
-        other = f"{path}; use the same, or another --resume"
-        check_equal(config, state["config"], "this run", other)
+        check_equal(config, state["config"], "this run", f"{path}; use the same settings and data")
         return state, path
     return {}, None
 
@@ -1446,12 +1440,12 @@ def header(network, machine, facts, source):
         head="FP8" if network.lm_head.use_fp8 else str(machine.dtype),
         attention="FlexAttention" if machine.is_gpu else "block-sparse, in place of FlexAttention",
     )
-    lines = [f"{name}: {value}" for name, value in facts.items()]
+    lines = (f"{name}: {value}" for name, value in facts.items())
     nvidia_smi = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
     return "\n".join([source, "=" * 100, nvidia_smi.stdout, *lines, "=" * 100])
 
 
-def warm_up(model, network, optimizers, train_loader, val_loader, hp, machine, recipe):
+def warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe):
     """Compile and run every kernel; the weights stay as they were."""
     weights = {name: t.cpu().clone() for name, t in network.state_dict().items()}
     # The last schedule has the longest window, which needs the most memory.
@@ -1459,10 +1453,10 @@ def warm_up(model, network, optimizers, train_loader, val_loader, hp, machine, r
     # A second micro-step, where there is one, needs memory for the gradients of the first as well.
     batches = [train_loader.sequence(0)] * min(2, hp.seqs_per_step // machine.world_size)
     for step in range(2):  # a recipe may do other things in odd steps
-        recipe.training_step(model, optimizers, batches, schedule, step, False, hp, machine)
+        recipe.training_step(network, optimizers, batches, schedule, step, False, hp, machine)
     with torch.no_grad():
-        model.eval()(*val_loader.sequence(0), schedule)
-    model.train()
+        network.eval()(*val_loader.sequence(0), schedule)
+    network.train()
     network.load_state_dict(weights)
 
 
@@ -1529,7 +1523,7 @@ def train(hp, recipe):
     state, checkpoint = find_checkpoint(hp, config)
     first = state.get("step", 0)
     folder, log = open_run(hp, state, checkpoint, machine)
-    facts = config | vars(hp)
+    facts = vars(hp) | config
     facts |= dict(
         script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
         torch=torch.__version__,
@@ -1539,13 +1533,12 @@ def train(hp, recipe):
     start_processes(facts, machine)  # the first time that processes wait for each other
 
     network = recipe.build_model(hp, train_loader.vocab_size, machine)
-    model = network
     if machine.is_gpu:
-        model = torch.compile(network, dynamic=False, fullgraph=True)
+        network.compile(dynamic=False, fullgraph=True)
     if machine.rank == 0:
         log.line(header(network, machine, facts, recipe.SOURCE), shown=False)
     optimizers = recipe.build_optimizers(network, hp, machine)
-    warm_up(model, network, optimizers, train_loader, val_loader, hp, machine, recipe)
+    warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe)
     optimizers = recipe.build_optimizers(network, hp, machine)
     if state:
         load_state(state, network, optimizers)
@@ -1563,7 +1556,7 @@ def train(hp, recipe):
     stopping = False  # whether a process was asked to stop
     saved = True  # whether the last checkpoint could be written
 
-    def report(step, loss, fields, shown=True):
+    def report(fields, shown=True):
         log.line(f"step:{step}/{last} {fields}", shown)
         if not math.isfinite(loss):
             raise UserError(
@@ -1581,14 +1574,14 @@ def train(hp, recipe):
             if step > first:
                 bar.set_postfix_str(f"step {step}, train_loss {loss:.4f}", refresh=False)
                 bar.update(sequences[step - 1] * hp.train_seq_len)
-                report(step, loss, f"{times} train_loss:{loss:.4f}", shown=bar.disable)
+                report(f"{times} train_loss:{loss:.4f}", shown=bar.disable)
             paused = time.perf_counter()  # during validation and saving
             can_stop = recipe.can_stop(step)
             ends = step == last or (stopping and can_stop)
             validates = hp.val_loss_every and step % hp.val_loss_every == 0
             if step == last or (validates and not ends):
-                loss = recipe.validate(model, val_loader, schedule, machine)
-                report(step, loss, f"val_loss:{loss:.4f} {times}")
+                loss = recipe.validate(network, val_loader, schedule, machine)
+                report(f"val_loss:{loss:.4f} {times}")
             saves = hp.save_every and (ends or (can_stop and step % hp.save_every == 0))
             if saves and step > first:
                 path = folder / f"step_{step:08d}.pt"
@@ -1608,7 +1601,7 @@ def train(hp, recipe):
             share = sequences[step] // machine.world_size
             batches = (train_loader.next_batch() for _ in range(share))  # read while a GPU works
             result = recipe.training_step(
-                model, optimizers, batches, schedule, step, bool(signals), hp, machine
+                network, optimizers, batches, schedule, step, bool(signals), hp, machine
             )
             loss, stopping = result.tolist()  # waits for all work of this step
 
@@ -1650,7 +1643,7 @@ def main(argv=None, recipe=None):
     except torch.OutOfMemoryError:
         code = 2
         warn(
-            f"out of memory; --train_seq_len {next_multiple_of_n(hp.train_seq_len / 2, n=BLOCK)} "
+            f"out of memory; --train_seq_len {hp.train_seq_len // 2} "
             f"--seqs_per_step {2 * hp.seqs_per_step} trains on as many tokens a step in smaller "
             "parts, --val_seq_len does the same for validation, and README.md has the cards' flags."
         )

@@ -128,7 +128,8 @@ def test_linear_multiplies_in_fp8_while_training(dtype, leading, use_fp8):
 
 @pytest.mark.parametrize("fp8, head, hidden", [("none", 0, 0), ("head", 1, 0), ("all", 1, 1)])
 def test_fp8_setting_chooses_layers_and_scales(fp8, head, hidden):
-    network = train_gpt.GPT(257, 6, 2, 16, 32, 8192, fp8=fp8, step_tokens=24 * 1024)
+    network = train_gpt.GPT(257, 6, 2, 16, 32, 8192)
+    train_gpt.choose_fp8(network, fp8, 24 * 1024)
     grad_s = 2**18  # half of that for 48K tokens
     for name, layer in network.named_modules():
         if isinstance(layer, train_gpt.CastedLinear):
@@ -139,23 +140,26 @@ def test_fp8_setting_chooses_layers_and_scales(fp8, head, hidden):
 
 
 @pytest.mark.parametrize(
-    "hardware, dtype, expected", [(1, "bfloat16", 1), (0, "bfloat16", 0), (1, "float32", 0)]
+    "capability, dtype, expected",
+    [((9, 0), "bfloat16", 1), ((8, 0), "bfloat16", 0), ((9, 0), "float32", 0)],
 )
-def test_run_uses_fp8_where_hardware_and_dtype_allow(hardware, dtype, expected, monkeypatch):
-    monkeypatch.setattr(train_gpt.Machine, "supports_fp8", bool(hardware))
+def test_run_uses_fp8_where_hardware_and_dtype_allow(capability, dtype, expected, monkeypatch):
+    monkeypatch.setattr(train_gpt.Machine, "is_gpu", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     hp = train_gpt.Hyperparameters(
         num_layers=6, num_heads=2, head_dim=16, model_dim=32, train_seq_len=3072, val_seq_len=8192
     )
     machine = train_gpt.Machine(CPU.device, getattr(torch, dtype))
     head = train_gpt.build_model(hp, 257, machine).lm_head
     assert head.use_fp8 == expected
-    assert head.scales[2] == 2**18  # for eight sequences of 3K tokens
+    assert not expected or head.scales[2] == 2**18  # for eight sequences of 3K tokens
 
 
 def test_network_in_fp8_is_close_to_bfloat16():
     """The loss and gradients, with a head that is not zero, so that a missing scale shows."""
     ids, targets = documents(256, [0, 100]), torch.randint(257, (256,))
-    network = train_gpt.GPT(257, 6, 2, 16, 32, 256, fp8="all")
+    network = train_gpt.GPT(257, 6, 2, 16, 32, 256)
+    train_gpt.choose_fp8(network, "all", 256)
     torch.nn.init.normal_(network.lm_head.weight, std=0.05)
     results = []
     for training in (True, False):  # FP8 is used in training alone

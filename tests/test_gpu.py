@@ -115,7 +115,8 @@ def test_attention_and_gradients_equal_the_dense_ones(length, dtype, tolerance):
 def test_network_and_gradients_equal_the_reference(dtype, fp8, loss_tolerance, grad_tolerance):
     if fp8 != "none" and GPU and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8")
-    network = random_network(fp8=fp8, dtype=dtype)
+    network = random_network(dtype=dtype)
+    train_gpt.choose_fp8(network, fp8, T)
     ids, targets = random_ids(T), torch.randint(VOCAB, (T,), device=DEVICE)
     loss = compiled(network)(ids, targets, blocks(9))
     loss.backward()

@@ -227,7 +227,8 @@ def test_growing_window_compiles_once(monkeypatch):
         lambda mask: functools.partial(flex_attention, block_mask=mask),
     )
     torch._dynamo.reset()
-    network = random_network(dtype=torch.bfloat16, fp8="all")
+    network = random_network(dtype=torch.bfloat16)
+    train_gpt.choose_fp8(network, "all", 512)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(network, backend="eager", fullgraph=True, dynamic=False)
         for start, blocks in ((400, 1), (400, 2), (10, 4)):

@@ -522,7 +522,7 @@ class GPT(nn.Module):
 def build_model(hp, vocab_size, machine):
     """The network on the machine's device. A seed gives the same weights on every device."""
     torch.manual_seed(hp.seed)
-    fp8 = hp.fp8 == "head" and machine.supports_fp8 and machine.dtype == torch.bfloat16
+    fp8 = hp.fp8 == "head" and machine.supports_fp8
     return GPT(vocab_size, hp, fp8, machine.dtype).to(machine.device)
 
 
