@@ -238,10 +238,10 @@ def lower(recipe, hp, capability):
         optimizers = recipe.build_optimizers(network, hp, machine)
         schedule = recipe.set_schedule(optimizers, hp.num_iterations, hp, machine)
         for tokens, training in ((hp.train_seq_len, True), (hp.val_seq_len, False)):
-            model = torch.compile(network.train(training), dynamic=False, fullgraph=True)
+            network.train(training).compile(dynamic=False, fullgraph=True)
             ids = torch.empty(tokens, dtype=torch.int32), torch.empty(tokens, dtype=torch.int64)
             with torch.set_grad_enabled(training), contextlib.suppress(Compiled):
-                model(*ids, schedule)
+                network(*ids, schedule)
 
 
 def compile_kernel(name, source, card):
