@@ -752,31 +752,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
-        updates = [self.gather_updates(group) for group in self.param_groups]
-        for group, (update, handle) in zip(self.param_groups, updates):
-            if handle is not None:
-                handle.wait()
+        updates, handles = [], []
+        for group in self.param_groups:
+            params = group["params"]
+            share = sum(self.owner[p] == 0 for p in params)
+            update = params[0].new_zeros(share, *params[0].shape, dtype=self.dtype)
+            own = [p for p in params if self.owner[p] == self.rank]
+            if own:
+                update[: len(own)] = self.orthogonal_updates(group, own)
+            if self.world_size > 1:
+                gathered = update.new_empty(self.world_size, *update.shape)
+                handles.append(dist.all_gather(list(gathered), update, async_op=True))
+                update = gathered.flatten(0, 1)
+            updates.append(update)
+        for handle in handles:
+            handle.wait()
+        for group, update in zip(self.param_groups, updates):
             tall_factor = max(1, update.size(-2) / update.size(-1)) ** 0.5
             for p, u in zip(group["params"], update):
                 p.add_(u, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * tall_factor)
-
-    def gather_updates(self, group):
-        """Compute the updates of this process's parameters, and start to gather those of all.
-
-        Returns the updates (n, *shape), which end in zeros where the shares are unequal, and a
-        handle to wait for before they are read, or None.
-        """
-        params = group["params"]
-        share = sum(self.owner[p] == 0 for p in params)
-        updates = params[0].new_zeros(share, *params[0].shape, dtype=self.dtype)
-        own = [p for p in params if self.owner[p] == self.rank]
-        if own:
-            updates[: len(own)] = self.orthogonal_updates(group, own)
-        if self.world_size == 1:
-            return updates, None
-        gathered = updates.new_empty(self.world_size, *updates.shape)
-        handle = dist.all_gather(list(gathered), updates, async_op=True)
-        return gathered.flatten(0, 1), handle
 
     def orthogonal_updates(self, group, own):
         """Advance the momentum of parameters of one shape. Returns their updates (n, *shape)."""
@@ -1433,7 +1427,6 @@ def header(network, machine, facts, source):
         hardware = torch.cuda.get_device_name()
     facts |= dict(
         python=sys.version,
-        cuda=torch.version.cuda,
         hardware=hardware,
         world_size=machine.world_size,
         parameters=sum(p.numel() for p in network.parameters()),

@@ -11,7 +11,10 @@ STUB = """#!/usr/bin/env bash
 case "$*" in
     *version_info*) exit "${OLD:-0}" ;;
     *get_device_properties*) echo "$MACHINE" ;;
-    "-m venv --clear "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/torchrun ;;
+    "-m venv --clear "*)
+        mkdir -p .venv/bin
+        cp "$0" .venv/bin/python
+        cp "$0" .venv/bin/torchrun ;;
     *"-m pip "*) echo installed ;;
     *) echo "$(basename "$0")" "$@" ;;
 esac
