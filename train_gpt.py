@@ -121,6 +121,7 @@ class Hyperparameters:
             value = getattr(self, name)
             self.require(value > 0 and value % unit == 0, name, f"a positive multiple of {unit}")
         self.require(self.num_layers >= 6, "num_layers", "at least 6")  # two for each value table
+        self.require("/" not in self.run_id, "run_id", "a name without /")
         self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
         self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
         dtypes = ("auto", "bfloat16", "float32")
@@ -134,15 +135,25 @@ class Hyperparameters:
 # Settings that may change when a run is resumed. The data and the dtype of the activations are
 # compared by what these settings lead to.
 FREE_SETTINGS = [
-    *("train_files", "val_files", "val_tokens", "val_seq_len", "val_loss_every", "sample", "dtype"),
-    *("log_dir", "run_id", "save_every", "keep", "resume"),
+    "train_files",
+    "val_files",
+    "val_tokens",
+    "val_seq_len",
+    "val_loss_every",
+    "sample",
+    "dtype",
+    "log_dir",
+    "run_id",
+    "save_every",
+    "keep",
+    "resume",
 ]
 
 PRESETS = {
     "speedrun": {},  # 124M parameters as GPT-2 counts them
-    # The shape of GPT-2 Medium, 350M. The public medium record of 18 January 2025 took these
-    # settings to 2.9166 in 29.3 minutes on 8 H100s. Its FP8 scales differ from those used here
-    # (head weights 32, gradients 2**29).
+    # 454M parameters, of which 249M are neither value embeddings nor the head. The public medium
+    # record of 18 January 2025 took these settings to 2.9166 in 29.3 minutes on 8 H100s. Its FP8
+    # scales differ from those used here (head weights 32, gradients 2**29).
     "medium": dict(
         num_layers=16,
         num_heads=8,
@@ -195,8 +206,8 @@ def muon_momentum(step):
 def window_blocks(step, hp):
     """The attention window in blocks of 128 tokens, which grows linearly with the step.
 
-    It is rounded up to whole blocks. Aiming at half a block less than the maximum still ends at the
-    maximum, and reaches it later.
+    It is rounded up to whole blocks. The target is half a block below the maximum, so that the last
+    block is added later.
     """
     tokens = (hp.max_window - BLOCK // 2) * step / hp.num_iterations
     return next_multiple_of_n(tokens, n=BLOCK) // BLOCK
@@ -477,7 +488,7 @@ class DistributedDataLoader:
             start %= self.total
             shard = bisect.bisect(self.starts, start) - 1
             offset = HEADER_BYTES + 2 * (start - self.starts[shard])
-            piece = np.fromfile(self.files[shard], "<u2", count, offset=offset)  # up to its end
+            piece = np.fromfile(self.files[shard], "<u2", count, offset=offset)  # or the rest
             if piece.max() >= self.vocab_size:
                 raise UserError(
                     f"{self.files[shard]} has token {piece.max()}, beyond its vocabulary of "
@@ -566,18 +577,17 @@ def scaled_mm(a, b, a_s, b_s, dtype, fast=False):
 
     fast: accumulate in less than float32, which is precise enough for activations.
     """
-    scale_a = a.new_full((), 1 / a_s, dtype=torch.float32)
-    scale_b = a.new_full((), 1 / b_s, dtype=torch.float32)
+    scale_a, scale_b = (a.new_full((), 1 / s, dtype=torch.float32) for s in (a_s, b_s))
     return torch._scaled_mm(
         a, b.T, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast
     )
 
 
 def visible_op(name, schema):
-    """A decorator that makes a function an operator into which the compiler sees.
+    """A decorator for a custom operator that the compiler can see into.
 
-    So the compiler fuses the casts of an FP8 matmul with what makes their input.
-    torch.library.triton_op does the same, but imports the compiler at once, which takes seconds.
+    The compiler fuses the casts of an FP8 matmul with the kernel before it. torch.library.triton_op
+    does the same, but imports the compiler at once, which takes seconds.
     """
 
     def decorate(function):
@@ -640,8 +650,8 @@ mm_op.register_autograd(mm_autograd, setup_context=mm_setup_context)
 def attention_under(block_mask):
     """Softmax attention under a mask: a function of q, k, v (1, heads, T, head_dim) and `scale`.
 
-    On a CPU, where FlexAttention has no backward pass, each of the n query blocks attends to a copy
-    of the K key blocks that it sees, or to fewer: `visible` (n, 128, K * 128) hides the others.
+    On a CPU, where FlexAttention has no backward pass, each of the n query blocks attends to copies
+    of K key blocks, as many as any block sees; `visible` (n, 128, K * 128) masks the others.
     """
     if block_mask.kv_indices.device.type != "cpu":
         return functools.partial(flex_attention, block_mask=block_mask)
@@ -735,29 +745,15 @@ class Muon(torch.optim.Optimizer):
             for i, p in enumerate(group):
                 self.owner[p] = i // share
 
-    def state_dict(self):
-        """The state of all processes' parameters, on the CPU. Every process has to call it."""
-        state_dict = super().state_dict()
-        if self.world_size > 1:
-            own = {
-                number: {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state[p].items()}
-                for number, (p, owner) in enumerate(self.owner.items())
-                if owner == self.rank
-            }
-            shares = [None] * self.world_size
-            dist.all_gather_object(shares, own)
-            state_dict["state"] = {number: t for share in shares for number, t in share.items()}
-        return state_dict
-
     @torch.no_grad()
     def step(self):
         """Update every parameter by its `.grad`; where that is None it counts as zero."""
         updates, handles = [], []
         for group in self.param_groups:
             params = group["params"]
-            share = sum(self.owner[p] == 0 for p in params)
+            share = math.ceil(len(params) / self.world_size)
             update = params[0].new_zeros(share, *params[0].shape, dtype=self.dtype)
-            own = [p for p in params if self.owner[p] == self.rank]
+            own = params[self.rank * share :][:share]
             if own:
                 update[: len(own)] = self.orthogonal_updates(group, own)
             if self.world_size > 1:
@@ -830,16 +826,14 @@ class Rotary(nn.Module):
     def __init__(self, head_dim, max_seq_len):
         super().__init__()
         frequency = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
-        angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # radians
-        # (max_seq_len, head_dim / 4), in float32: bfloat16 cannot tell late positions apart.
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        # Radians (max_seq_len, head_dim / 4) in float32: bfloat16 cannot tell late positions apart.
+        angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)
+        turn = torch.stack([angle.cos(), angle.sin()])
+        self.register_buffer("turn", turn, persistent=False)
 
     def forward(self, x):
         """(B, T, heads, head_dim), T at most max_seq_len, to the same shape and dtype."""
-        T = x.size(1)
-        cos = self.cos[:T, None]
-        sin = self.sin[:T, None]
+        cos, sin = self.turn[:, : x.size(1), None]
         # Channel i rotates with channel i + head_dim / 2, for i in the first quarter.
         x1, same1, x2, same2 = x.float().chunk(4, dim=-1)
         y1 = x1 * cos + x2 * sin
@@ -949,7 +943,7 @@ def document_block_mask(document, window, exact=False):
     queries of a key, i and j change roles.
     """
     n = len(document) // BLOCK
-    first, last = document.view(n, BLOCK)[:, 0], document.view(n, BLOCK)[:, -1]
+    first, last = document[::BLOCK], document[BLOCK - 1 :: BLOCK]
     j = torch.arange(n, dtype=torch.int32, device=document.device)
     i = j[:, None]
     near = (j < i) & (j > i - window)
@@ -979,12 +973,12 @@ def document_block_mask(document, window, exact=False):
 class GPT(nn.Module):
     """The network, for one sequence at a time, which may hold any number of documents.
 
-    The first half of the layers push their outputs, the second half pop them and add them with a
+    Each layer of the second half adds the output of its mirror image in the first half, with a
     learned weight, as in "U-Net" (Ronneberger et al., 2015). The last token of the vocabulary
     starts a document.
 
     dtype: of the activations and the embeddings; the other weights are float32.
-    train_seq_len: tokens of a micro-step.
+    train_seq_len: the loss of a longer sequence is computed in pieces of this many tokens.
     """
 
     def __init__(
@@ -1002,17 +996,16 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.vocab_size = vocab_size
-        self.num_skips = num_layers // 2
         self.windows = window_pattern(num_layers)
         self.train_seq_len = train_seq_len or max_seq_len
         self.embed = nn.Embedding(vocab_size, model_dim, dtype=dtype)
         self.value_embeds = ValueEmbedding(vocab_size, num_heads * head_dim, num_layers, dtype)
         rotary = Rotary(head_dim, max_seq_len)  # one table for all layers
-        self.blocks = nn.ModuleList()
-        for i in range(num_layers):
-            attends = i != attention_free_layer
-            self.blocks.append(Block(model_dim, num_heads, head_dim, rotary, attends))
-        self.skip_weights = nn.Parameter(torch.ones(self.num_skips))
+        self.blocks = nn.ModuleList(
+            Block(model_dim, num_heads, head_dim, rotary, i != attention_free_layer)
+            for i in range(num_layers)
+        )
+        self.skip_weights = nn.Parameter(torch.ones(num_layers // 2))
         self.lm_head = CastedLinear(model_dim, next_multiple_of_n(vocab_size, n=128))
         nn.init.zeros_(self.lm_head.weight)
 
@@ -1032,13 +1025,14 @@ class GPT(nn.Module):
         long, short = map(attention_under, masks)
         ve = self.value_embeds(input_seq)
         x = x0 = norm(self.embed(input_seq)[None])
-        skips = []
+        n = len(self.blocks)
+        outputs = []
         for i, block in enumerate(self.blocks):
-            if i >= len(self.blocks) - self.num_skips:
-                x = x + self.skip_weights[i - len(self.blocks)] * skips.pop()
+            mirror = n - 1 - i  # the layer as far from the other end
+            if mirror < i:
+                x = x + self.skip_weights[i - n] * outputs[mirror]
             x = block(x, ve[i], x0, long if self.windows[i] == "L" else short)
-            if i < self.num_skips:
-                skips.append(x)
+            outputs.append(x)
         return norm(x)[0]
 
     def logits(self, hidden):
@@ -1056,9 +1050,8 @@ class GPT(nn.Module):
         """
         hidden = self.hidden(input_seq, sliding_window_num_blocks)
         # The logits of a longer sequence, as in validation, might not fit on the card at once.
-        hiddens = hidden.split(self.train_seq_len)
-        targets = target_seq.split(self.train_seq_len)
-        total = sum(self.loss_sum(h, t) for h, t in zip(hiddens, targets))
+        n = self.train_seq_len
+        total = sum(map(self.loss_sum, hidden.split(n), target_seq.split(n)))
         return total / (target_seq >= 0).sum()
 
     def loss_sum(self, hidden, target_seq):
@@ -1118,7 +1111,7 @@ def build_model(hp, vocab_size, machine):
 
 
 def build_optimizers(network, hp, machine):
-    """Adam for the embeddings, the head and the scalars; Muon for the matrices between."""
+    """Adam for embeddings, head and scalars; Muon for all other parameters, which are matrices."""
     head = [network.lm_head.weight]
     embeds = [*network.embed.parameters(), *network.value_embeds.parameters()]
     scalars = [p for p in network.parameters() if p.ndim < 2]
@@ -1255,6 +1248,29 @@ class Log:
 CHECKPOINT_FILES = "step_*.pt"
 
 
+def on(device, entry):
+    """An optimizer's state of one parameter, with its tensors on a device."""
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in entry.items()}
+
+
+def gather_state(optimizer, machine):
+    """The optimizer's state_dict with the state that other processes keep, complete on process 0.
+
+    All processes call it together.
+    """
+    state_dict = optimizer.state_dict()
+    if machine.world_size > 1:
+        known = [set(state_dict["state"])]
+        dist.broadcast_object_list(known, src=0)
+        entries = state_dict["state"].items()
+        missing = {number: on("cpu", entry) for number, entry in entries if number not in known[0]}
+        shares = [None] * machine.world_size
+        dist.all_gather_object(shares, missing)
+        for share in shares:
+            state_dict["state"] |= share
+    return state_dict
+
+
 def save_checkpoint(path, state, keep, warns=True):
     """Write a checkpoint under a temporary name, and rename it when it is on the disk.
 
@@ -1282,7 +1298,7 @@ def save_checkpoint(path, state, keep, warns=True):
 
 def newest_first(paths):
     """Checkpoints in the order of writing, the last one first."""
-    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    return sorted(sorted(paths), key=os.path.getmtime)[::-1]
 
 
 def load_checkpoint(path):
@@ -1326,8 +1342,8 @@ def find_checkpoint(hp, config):
     return {}, None
 
 
-def load_state(state, network, optimizers):
-    """Load a checkpoint's weights and optimizers, on any number of processes.
+def load_state(state, network, optimizers, rank):
+    """Load a checkpoint's weights, and of its optimizers the state that this process keeps.
 
     Raises UserError if it belongs to another network.
     """
@@ -1336,12 +1352,12 @@ def load_state(state, network, optimizers):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             optimizer.load_state_dict(saved | dict(state={}))
+            owner = getattr(optimizer, "owner", {})
             # load_state_dict would round state to the dtype of its parameter.
             for number, entry in saved["state"].items():
                 p = parameters[number]
-                optimizer.state[p] = {
-                    k: v.to(p.device) if torch.is_tensor(v) else v for k, v in entry.items()
-                }
+                if owner.get(p, rank) == rank:
+                    optimizer.state[p] = on(p.device, entry)
     except (RuntimeError, ValueError, LookupError) as error:
         raise UserError(
             f"the checkpoint is of another network ({type(error).__name__}); resume it with the "
@@ -1369,7 +1385,6 @@ def parse_bool(text):
 def parse_arguments(argv, recipe):
     """The settings of a command line. Raises UserError."""
     parser = Parser(
-        Path(recipe.__file__).name,
         usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]",
         description=recipe.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1420,12 +1435,12 @@ def check_work(hp, sequences, machine):
         )
 
 
-def header(network, machine, facts, source):
+def header(network, machine, description, source):
     """The start of a log: the script's source, versions, hardware and settings."""
     hardware = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if machine.is_gpu:
         hardware = torch.cuda.get_device_name()
-    facts |= dict(
+    description |= dict(
         python=sys.version,
         hardware=hardware,
         world_size=machine.world_size,
@@ -1433,13 +1448,13 @@ def header(network, machine, facts, source):
         head="FP8" if network.lm_head.use_fp8 else str(machine.dtype),
         attention="FlexAttention" if machine.is_gpu else "block-sparse, in place of FlexAttention",
     )
-    lines = (f"{name}: {value}" for name, value in facts.items())
+    lines = (f"{name}: {value}" for name, value in description.items())
     nvidia_smi = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True)
     return "\n".join([source, "=" * 100, nvidia_smi.stdout, *lines, "=" * 100])
 
 
 def warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe):
-    """Compile and run every kernel; the weights stay as they were."""
+    """Compile and run every kernel on the first tokens. Restores the weights alone."""
     weights = {name: t.cpu().clone() for name, t in network.state_dict().items()}
     # The last schedule has the longest window, which needs the most memory.
     schedule = recipe.set_schedule(optimizers, hp.num_iterations, hp, machine)
@@ -1455,7 +1470,7 @@ def warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe):
 
 @torch.no_grad()
 def sample(network, num_tokens, schedule, hp):
-    """Sample the start of a document: num_tokens, or fewer than a training sequence has.
+    """Sample the first num_tokens of a document, at most train_seq_len - 1.
 
     Bytes become text, and so do GPT-2's tokens where tiktoken is installed; others are numbers.
     """
@@ -1493,8 +1508,8 @@ def open_run(hp, state, checkpoint, machine):
         return folder, Log(None)
     if not continues and any(folder.glob(CHECKPOINT_FILES)):
         raise UserError(
-            f"{folder} holds checkpoints of an earlier run; choose another --run_id, or continue "
-            "that run with --resume auto."
+            f"{folder} holds checkpoints of an earlier run; choose another --run_id, or --resume "
+            "one of them."
         )
     return folder, Log(Path(f"{folder}.txt"), new=not continues and hp.resume != "auto")
 
@@ -1516,25 +1531,26 @@ def train(hp, recipe):
     state, checkpoint = find_checkpoint(hp, config)
     first = state.get("step", 0)
     folder, log = open_run(hp, state, checkpoint, machine)
-    facts = vars(hp) | config
-    facts |= dict(
+    description = vars(hp) | config
+    description |= dict(
         script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
         torch=torch.__version__,
         resumed=(state.get("run_id"), first),
         val_shards=val_loader.summary(),
     )
-    start_processes(facts, machine)  # the first time that processes wait for each other
+    own = dict(train_files=None, val_files=None, log_dir=None)  # paths of this machine
+    start_processes(description | own, machine)  # from here on processes wait for each other
 
     network = recipe.build_model(hp, train_loader.vocab_size, machine)
     if machine.is_gpu:
         network.compile(dynamic=False, fullgraph=True)
     if machine.rank == 0:
-        log.line(header(network, machine, facts, recipe.SOURCE), shown=False)
+        log.line(header(network, machine, description, recipe.SOURCE), shown=False)
     optimizers = recipe.build_optimizers(network, hp, machine)
     warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe)
     optimizers = recipe.build_optimizers(network, hp, machine)
     if state:
-        load_state(state, network, optimizers)
+        load_state(state, network, optimizers, machine.rank)
         log.line(f"resumed from step {first} of {checkpoint}")
     train_loader.position = sum(sequences[:first])
     bar = tqdm(
@@ -1552,13 +1568,19 @@ def train(hp, recipe):
     def report(fields, shown=True):
         log.line(f"step:{step}/{last} {fields}", shown)
         if not math.isfinite(loss):
+            place = checkpoint or "none"
             raise UserError(
                 f"the loss after step {step} is {loss}; lower the learning rates, or look at the "
-                f"data; the last checkpoint: {checkpoint or 'none'}."
+                f"data; the last checkpoint: {'see process 0' if machine.rank else place}."
             )
 
+    def next_batches(step):
+        share = sequences[step] // machine.world_size if step < last else 0
+        return [train_loader.next_batch() for _ in range(share)]
+
+    batches = next_batches(first)
     started = time.perf_counter() - state.get("ms", 0.0) / 1000  # without compilation
-    state = None  # the checkpoint is a copy of everything in host memory
+    state = None  # frees the checkpoint's copy in host memory
     with bar, stop_signals() as signals:
         for step in range(first, last + 1):
             schedule = recipe.set_schedule(optimizers, step, hp, machine)
@@ -1584,18 +1606,17 @@ def train(hp, recipe):
                     ms=ms,
                     config=config,
                     model=network.state_dict(),
-                    optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                    optimizers=[gather_state(optimizer, machine) for optimizer in optimizers],
                 )
                 saved = machine.rank > 0 or save_checkpoint(path, state, hp.keep, saved)
                 checkpoint = path if saved else checkpoint
             if ends:
                 break
             started += time.perf_counter() - paused
-            share = sequences[step] // machine.world_size
-            batches = (train_loader.next_batch() for _ in range(share))  # read while a GPU works
             result = recipe.training_step(
                 network, optimizers, batches, schedule, step, bool(signals), hp, machine
             )
+            batches = next_batches(step + 1)  # while a GPU works
             loss, stopping = result.tolist()  # waits for all work of this step
 
     if step < last:
@@ -1636,9 +1657,9 @@ def main(argv=None, recipe=None):
     except torch.OutOfMemoryError:
         code = 2
         warn(
-            f"out of memory; --train_seq_len {hp.train_seq_len // 2} "
-            f"--seqs_per_step {2 * hp.seqs_per_step} trains on as many tokens a step in smaller "
-            "parts, --val_seq_len does the same for validation, and README.md has the cards' flags."
+            "out of memory; half of --train_seq_len and twice --seqs_per_step train on as many "
+            "tokens a step in smaller parts, a lower --val_seq_len does so in validation, and "
+            "README.md has flags for each card."
         )
     if dist.is_initialized() and code != 2:
         dist.destroy_process_group()
