@@ -240,7 +240,7 @@ assert ctypes.CDLL(None).setns(os.open(f"/run/netns/{os.environ['HOST']}", os.O_
 
 
 def test_two_hosts_train_like_one_process(hosts, alone, tmp_path):
-    """They share nothing but a network. Process 1 writes no file."""
+    """They share nothing but a network, and their paths differ. Process 1 writes no file."""
     processes = []
     for rank, host in enumerate(hosts):
         folder = tmp_path / host
@@ -249,7 +249,8 @@ def test_two_hosts_train_like_one_process(hosts, alone, tmp_path):
         recipe = write_recipe(folder, NO_ZEROS, ENTER_HOST)
         network = dict(GLOO_SOCKET_IFNAME="cable", MASTER_ADDR="10.173.29.1", MASTER_PORT=29500)
         ranks = dict(RANK=rank, LOCAL_RANK=0, WORLD_SIZE=2, HOST=host)
-        processes.append(Processes(folder, *FLAGS, script=recipe, **network, **ranks))
+        paths = f"--log_dir={folder}/logs", f"--train_files={folder}/train_*.bin"
+        processes.append(Processes(folder, *FLAGS, *paths, script=recipe, **network, **ranks))
     assert [process.wait() for process in processes] == [[0], [0]]
     assert curve(processes[0].log) == alone
     assert not processes[1].log
