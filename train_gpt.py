@@ -35,6 +35,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -124,8 +125,8 @@ class Hyperparameters:
         self.require("/" not in self.run_id, "run_id", "a name without /")
         self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
         self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
-        dtypes = ("auto", "bfloat16", "float32")
-        self.require(self.dtype in dtypes, "dtype", "auto, bfloat16 or float32")
+        known = self.dtype in ("auto", "bfloat16", "float32")
+        self.require(known, "dtype", "auto, bfloat16 or float32")
 
     def require(self, condition, name, rule):
         if not condition:
@@ -1260,14 +1261,14 @@ def gather_state(optimizer, machine):
     """
     state_dict = optimizer.state_dict()
     if machine.world_size > 1:
-        known = [set(state_dict["state"])]
+        state = state_dict["state"]
+        known = [set(state)]
         dist.broadcast_object_list(known, src=0)
-        entries = state_dict["state"].items()
-        missing = {number: on("cpu", entry) for number, entry in entries if number not in known[0]}
+        missing = {n: on("cpu", entry) for n, entry in state.items() if n not in known[0]}
         shares = [None] * machine.world_size
         dist.all_gather_object(shares, missing)
         for share in shares:
-            state_dict["state"] |= share
+            state |= share
     return state_dict
 
 
@@ -1425,9 +1426,9 @@ def check_work(hp, sequences, machine):
             f"{machine.world_size} processes cannot share {hp.seqs_per_step} sequences a step "
             "evenly; change --seqs_per_step or --nproc_per_node."
         )
-    parameters = 12 * hp.num_layers * hp.model_dim**2  # of the hidden matrices
-    operations = 6 * parameters * sum(sequences) * hp.train_seq_len
-    days = operations / (5e10 * os.cpu_count()) / 86400  # 50 GFLOP/s a core
+    # 6 operations for each of the 12 dim**2 weights of a layer, and 50 GFLOP/s a core
+    operations = 72 * hp.num_layers * hp.model_dim**2 * sum(sequences) * hp.train_seq_len
+    days = operations / (5e10 * os.cpu_count()) / 86400
     if days > 7 and not machine.is_gpu:
         raise UserError(
             f"this run would take about {days:.0f} days on the CPU, and torch {torch.__version__} "
@@ -1437,12 +1438,10 @@ def check_work(hp, sequences, machine):
 
 def header(network, machine, description, source):
     """The start of a log: the script's source, versions, hardware and settings."""
-    hardware = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    if machine.is_gpu:
-        hardware = torch.cuda.get_device_name()
+    cpu = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     description |= dict(
         python=sys.version,
-        hardware=hardware,
+        hardware=torch.cuda.get_device_name() if machine.is_gpu else cpu,
         world_size=machine.world_size,
         parameters=sum(p.numel() for p in network.parameters()),
         head="FP8" if network.lm_head.use_fp8 else str(machine.dtype),
@@ -1478,8 +1477,7 @@ def sample(network, num_tokens, schedule, hp):
     torch.manual_seed(hp.seed)
     boundary = network.vocab_size - 1
     context = min(next_multiple_of_n(num_tokens + 1, n=BLOCK), hp.train_seq_len)
-    device = network.lm_head.weight.device
-    ids = torch.full((context,), boundary, dtype=torch.int32, device=device)
+    ids = torch.full((context,), boundary, device=network.lm_head.weight.device).int()
     # FlexAttention respects the lists of blocks only where it is compiled.
     hidden = torch.compile(network.hidden, dynamic=False) if ids.is_cuda else network.hidden
     for length in range(1, min(num_tokens + 1, context)):
@@ -1531,15 +1529,18 @@ def train(hp, recipe):
     state, checkpoint = find_checkpoint(hp, config)
     first = state.get("step", 0)
     folder, log = open_run(hp, state, checkpoint, machine)
-    description = vars(hp) | config
-    description |= dict(
-        script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
-        torch=torch.__version__,
-        resumed=(state.get("run_id"), first),
-        val_shards=val_loader.summary(),
+    description = (
+        vars(hp)
+        | config
+        | dict(
+            script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
+            torch=torch.__version__,
+            resumed=(state.get("run_id"), first),
+            val_shards=val_loader.summary(),
+        )
     )
-    own = dict(train_files=None, val_files=None, log_dir=None)  # paths of this machine
-    start_processes(description | own, machine)  # from here on processes wait for each other
+    # From here on processes wait for each other. Their machines may have other paths.
+    start_processes(description | dict(train_files="", val_files="", log_dir=""), machine)
 
     network = recipe.build_model(hp, train_loader.vocab_size, machine)
     if machine.is_gpu:
@@ -1568,10 +1569,10 @@ def train(hp, recipe):
     def report(fields, shown=True):
         log.line(f"step:{step}/{last} {fields}", shown)
         if not math.isfinite(loss):
-            place = checkpoint or "none"
+            place = "see process 0" if machine.rank else checkpoint or "none"
             raise UserError(
                 f"the loss after step {step} is {loss}; lower the learning rates, or look at the "
-                f"data; the last checkpoint: {'see process 0' if machine.rank else place}."
+                f"data; the last checkpoint: {place}."
             )
 
     def next_batches(step):
@@ -1649,8 +1650,7 @@ def main(argv=None, recipe=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a sample may not fit the terminal's encoding
     try:
-        hp = parse_arguments(argv, recipe)
-        code = train(hp, recipe)
+        code = train(parse_arguments(argv, recipe), recipe)
     except UserError as error:
         code = 2
         warn(f"{Path(recipe.__file__).name}: {error}")
@@ -1661,7 +1661,14 @@ def main(argv=None, recipe=None):
             "tokens a step in smaller parts, a lower --val_seq_len does so in validation, and "
             "README.md has flags for each card."
         )
-    if dist.is_initialized() and code != 2:
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if dist.is_initialized():
+        if code in (1, 2):
+            os._exit(code)  # shutting NCCL down would wait for processes that continue
         dist.destroy_process_group()
     return code
 
