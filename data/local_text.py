@@ -188,7 +188,9 @@ def make_shards(args: argparse.Namespace) -> str:
         for text in tqdm(texts, disable=None)
         if text
     ]
-    skipped = f"{len(left_out)} left out as not UTF-8 text: {', '.join(left_out[:3]) or 'none'}"
+    skipped = f"{len(left_out)} files left out as not UTF-8 text"
+    if left_out:
+        skipped += f": {', '.join(left_out[:3])}"
     order = np.random.default_rng(args.seed).permutation(len(documents))
     train, val = split([documents[number] for number in order], args.val_fraction)
     if not train:
