@@ -138,7 +138,8 @@ def test_what_is_not_text_is_left_out_and_named(texts, capsys):
         Path("in", skipped).write_text("skipped")
     make("in")
     assert text_of() == sorted([*texts, "one", "five", Path("in/5.json").read_text()])
-    assert "8 files left out as not UTF-8 text: in/0.bin, in/1.txt, in/2.gz" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "8 files left out as not UTF-8 text: in/0.bin, in/1.txt, in/2.gz" in output
 
 
 def test_default_is_the_small_files_of_the_library(monkeypatch):
