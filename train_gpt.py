@@ -1540,7 +1540,8 @@ def train(hp, recipe):
         )
     )
     # From here on processes wait for each other. Their machines may have other paths.
-    start_processes(description | dict(train_files="", val_files="", log_dir=""), machine)
+    paths = dict(train_files="", val_files="", log_dir="", resume="")
+    start_processes(description | paths, machine)
 
     network = recipe.build_model(hp, train_loader.vocab_size, machine)
     if machine.is_gpu:
