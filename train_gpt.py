@@ -22,7 +22,6 @@ import argparse
 import bisect
 import contextlib
 import dataclasses
-import datetime
 import fcntl
 import functools
 import glob
@@ -105,25 +104,28 @@ class Hyperparameters:
     keep: int = 2  # number of checkpoints to keep
     resume: str = ""  # checkpoint to resume, or auto for the newest valid one, if there is one
 
-    def check(self):
+    def __post_init__(self):
         """Raise UserError at the first setting that cannot be right."""
         for name, value in vars(self).items():
             if not isinstance(value, str):
                 self.require(0 <= value < 2**63, name, "a number from 0 to 2**63")
-        for name in ("num_heads", "seqs_per_step", "num_iterations", "cooldown_frac", "keep"):
-            self.require(getattr(self, name) > 0, name, "positive")
-        for name, unit in (
-            ("head_dim", 16),
-            ("model_dim", 16),
-            ("max_window", BLOCK),
-            ("train_seq_len", BLOCK),
-            ("val_seq_len", BLOCK),
-        ):
+        units = dict(
+            num_heads=1,
+            head_dim=16,
+            model_dim=16,
+            max_window=BLOCK,
+            train_seq_len=BLOCK,
+            seqs_per_step=1,
+            num_iterations=1,
+            val_seq_len=BLOCK,
+            keep=1,
+        )
+        for name, unit in units.items():
             value = getattr(self, name)
             self.require(value > 0 and value % unit == 0, name, f"a positive multiple of {unit}")
         self.require(self.num_layers >= 6, "num_layers", "at least 6")  # two for each value table
         self.require("/" not in self.run_id, "run_id", "a name without /")
-        self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
+        self.require(0 < self.cooldown_frac <= 1, "cooldown_frac", "above 0 and at most 1")
         self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
         known = self.dtype in ("auto", "bfloat16", "float32")
         self.require(known, "dtype", "auto, bfloat16 or float32")
@@ -133,21 +135,19 @@ class Hyperparameters:
             raise UserError(f"--{name} is {getattr(self, name)}; it has to be {rule}.")
 
 
-# Settings that may change when a run is resumed. The data and the dtype of the activations are
-# compared by what these settings lead to.
+# Settings that may differ between machines, and settings that may change when a run is resumed. The
+# data and the dtype of the activations are compared by what these settings lead to.
+PATHS = ["train_files", "val_files", "log_dir", "resume"]
 FREE_SETTINGS = [
-    "train_files",
-    "val_files",
+    *PATHS,
     "val_tokens",
     "val_seq_len",
     "val_loss_every",
     "sample",
     "dtype",
-    "log_dir",
     "run_id",
     "save_every",
     "keep",
-    "resume",
 ]
 
 PRESETS = {
@@ -228,7 +228,7 @@ def can_stop(step):
 # Device and processes: the one place where device and precision are chosen
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Machine:
     """The device of this process, and its rank among the processes of the run."""
 
@@ -265,6 +265,8 @@ def detect_machine(dtype):
             "or unset all three for one process."
         )
     rank, local_rank, world_size = map(int, ranks)
+    device = torch.device("cpu")
+    native = torch.cpu._is_avx512_bf16_supported()
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if local_rank >= count:
@@ -277,9 +279,6 @@ def detect_machine(dtype):
                 "the CPU with CUDA_VISIBLE_DEVICES='' and --preset tiny."
             )
         native = True
-    else:
-        device = torch.device("cpu")
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if dtype == "auto":
         dtype = "bfloat16" if native else "float32"  # other CPUs emulate bfloat16, slowly
     return Machine(device, getattr(torch, dtype), rank, world_size)
@@ -317,7 +316,6 @@ def start_processes(config, machine):
         return
     dist.init_process_group(
         "nccl" if machine.is_gpu else "gloo",
-        timeout=datetime.timedelta(minutes=10),  # others may compile, validate or save
         device_id=machine.device if machine.is_gpu else None,
     )
     configs = [None] * machine.world_size
@@ -351,39 +349,33 @@ def sum_gradients(parameters, owner, extra, machine):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collects SIGINT, SIGTERM, SIGHUP and SIGUSR1 in a list, instead of their usual effect.
+    """Puts the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 in a list, instead of its usual effect.
 
-    The second signal of a kind has its usual effect. Ignored signals stay so, as under nohup.
+    A second signal has its usual effect. Ignored signals stay so, as under nohup.
     """
     received = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    with contextlib.ExitStack() as restore:
 
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, handlers[number])
+        def receive(number, frame):
+            received.append(number)
+            restore.close()
 
-    with contextlib.ExitStack() as stack:
-        for number, handler in handlers.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, receive)
-                stack.callback(signal.signal, number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                restore.callback(signal.signal, number, signal.signal(number, receive))
         yield received
 
 
 # --------------------------------------------------------------------------------------------------
 # Data: shards of tokens, cut into sequences. A shard is a header of 256 little-endian int32 (magic
-# number, version, number of tokens, vocabulary size, zeros) and its tokens in uint16.
+# number 20240520, version 1, number of tokens, vocabulary size, zeros) and its tokens in uint16.
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
 HEADER_BYTES = 4 * 256
 GPT2_VOCAB = 50257
 
 
 def find_shards(pattern):
     """The files of a glob, sorted; an existing path stands for itself. Raises UserError."""
-    pattern = os.path.expanduser(pattern)
     folder, name = os.path.split(pattern)
     if os.path.isdir(folder):
         folder = glob.escape(folder)  # its name may contain brackets
@@ -400,22 +392,19 @@ def find_shards(pattern):
 def read_header(path):
     """A shard's number of tokens and its vocabulary size. Raises UserError if it is corrupt."""
     try:
-        size = os.path.getsize(path) - HEADER_BYTES
-        header = np.zeros(256, "<i4") if size < 0 else np.fromfile(path, "<i4", 256)
-    except OSError as error:
+        header = np.fromfile(path, "<i4", 256).tolist()
+        num_tokens, vocab_size = header[2:4]
+        vocab_size = vocab_size or GPT2_VOCAB  # 0 in the public shards
+        size = os.path.getsize(path)
+        known = header[:2] == [20240520, 1] and not any(header[4:])
+        complete = num_tokens > 0 and size == HEADER_BYTES + 2 * num_tokens
+        if not (known and complete and 2 <= vocab_size <= 1 << 16):
+            raise ValueError(f"{size} bytes with the header {header[:4]}")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"the shard {path} cannot be read ({error.strerror}); change --train_files or "
-            "--val_files."
+            f"{path} is not a valid token shard ({error}); make it again, or leave it out of "
+            "--train_files and --val_files."
         ) from None
-    magic, version, num_tokens, vocab_size = header[:4].tolist()
-    vocab_size = vocab_size or GPT2_VOCAB  # 0 in the public shards
-    known = magic == SHARD_MAGIC and version == SHARD_VERSION and not header[4:].any()
-    if not known or num_tokens < 1 or size != 2 * num_tokens or not 2 <= vocab_size <= 1 << 16:
-        raise UserError(
-            f"{path} is not a valid token shard (magic number {magic}, version {version}, "
-            f"{num_tokens} tokens in {size} bytes, vocabulary {vocab_size}); make it again, or "
-            "leave it out of --train_files and --val_files."
-        )
     return num_tokens, vocab_size
 
 
@@ -423,10 +412,9 @@ def fingerprint(paths):
     """A hash of the first and the last megabyte of each shard. The first holds its length."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, os.path.getsize(path) - 2**20))
-            digest.update(file.read())
+        content = np.memmap(path, mode="r")
+        digest.update(content[: 2**20])
+        digest.update(content[-(2**20) :])
     return digest.hexdigest()[:12]
 
 
@@ -453,9 +441,8 @@ class DistributedDataLoader:
         shuffle=False,
     ):
         self.files = find_shards(filename_pattern)
-        self.lengths, vocab_sizes = zip(*map(read_header, self.files))
-        self.vocab_sizes = set(vocab_sizes)
-        self.vocab_size = vocab_sizes[0]
+        self.lengths, self.vocab_sizes = zip(*map(read_header, self.files))
+        self.vocab_size = self.vocab_sizes[0]
         *self.starts, self.total = np.cumsum([0, *self.lengths]).tolist()
         self.num_tokens = num_tokens or self.total - 1
         missing = max(2, self.num_tokens + 1) - self.total  # the last target is one token further
@@ -471,6 +458,7 @@ class DistributedDataLoader:
         self.world_size = world_size
         self.device = torch.device(device)
         self.num_sequences = math.ceil(self.num_tokens / seq_len)
+        self.in_an_epoch = max(1, (self.total - 1) // seq_len)  # sequences, where they are shuffled
         self.position = 0  # number of sequences that all processes have taken together
 
     def summary(self):
@@ -516,11 +504,13 @@ class DistributedDataLoader:
         """Sequence `index`: inputs (seq_len,) int32 and targets (seq_len,) int64 on the device."""
         place = index
         if self.shuffle:  # another order in each epoch
-            in_an_epoch = max(1, (self.total - 1) // self.seq_len)
-            epoch, place = divmod(index, in_an_epoch)
-            place = int(np.random.default_rng(epoch).permutation(in_an_epoch)[place])
-        tokens = self.read(place * self.seq_len, self.seq_len + 1)
-        return self.to_device(tokens, self.num_tokens - index * self.seq_len)
+            epoch, place = divmod(index, self.in_an_epoch)
+            place = np.random.default_rng(epoch).permutation(self.in_an_epoch)[place]
+        return self.to_device(self.tokens(place), self.num_tokens - index * self.seq_len)
+
+    def tokens(self, place):
+        """The seq_len + 1 tokens of the sequence at a place of the stream, uint16."""
+        return self.read(place * self.seq_len, self.seq_len + 1)
 
     def next_batch(self):
         """This process's next sequence: number rank, then rank + world_size, and so on."""
@@ -535,26 +525,26 @@ def open_loaders(hp, machine, num_sequences, train_class=DistributedDataLoader):
     num_sequences: that the run trains on. Raises UserError if a validation shard is trained on, or
     vocabularies differ.
     """
-    share = dict(rank=machine.rank, world_size=machine.world_size, device=machine.device)
     train_loader = train_class(
         hp.train_files,
         hp.train_seq_len,
         num_tokens=num_sequences * hp.train_seq_len,
+        rank=machine.rank,
+        world_size=machine.world_size,
+        device=machine.device,
         repeat=hp.repeat,
         shuffle=hp.shuffle,
-        **share,
     )
     val_loader = DistributedDataLoader(
-        hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, **share
+        hp.val_files, hp.val_seq_len, num_tokens=hp.val_tokens, device=machine.device
     )
-    vocab_sizes = train_loader.vocab_sizes | val_loader.vocab_sizes
+    vocab_sizes = set(train_loader.vocab_sizes + val_loader.vocab_sizes)
     if len(vocab_sizes) > 1:
         raise UserError(
             f"the shards have vocabularies of {sorted(vocab_sizes)}; use shards of one tokenizer "
             "in --train_files and --val_files."
         )
-    both = {*map(os.path.realpath, train_loader.files)}
-    both &= {*map(os.path.realpath, val_loader.files)}
+    both = {*map(os.path.realpath, train_loader.files)} & {*map(os.path.realpath, val_loader.files)}
     if both:
         raise UserError(
             f"{min(both)} is among the training and the validation shards; change --train_files or "
@@ -574,13 +564,18 @@ def to_fp8(t, scale, dtype):
 
 
 def scaled_mm(a, b, a_s, b_s, dtype, fast=False):
-    """`a @ b.T / (a_s * b_s)` of two row-major FP8 matrices, the layout that hardware multiplies.
+    """`a @ b.T / (a_s * b_s)` of FP8 matrices, made row-major, as the hardware multiplies them.
 
     fast: accumulate in less than float32, which is precise enough for activations.
     """
     scale_a, scale_b = (a.new_full((), 1 / s, dtype=torch.float32) for s in (a_s, b_s))
     return torch._scaled_mm(
-        a, b.T, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast
+        a.contiguous(),
+        b.contiguous().T,
+        scale_a=scale_a,
+        scale_b=scale_b,
+        out_dtype=dtype,
+        use_fast_accum=fast,
     )
 
 
@@ -628,8 +623,8 @@ def mm_op(x, w, x_s, w_s, grad_s):
 def mm_backward_op(grad, x_f8, w_f8, x_s, w_s, grad_s):
     """Gradients of `mm` for grad (T, out): of x, bfloat16 (T, in), of w, float32 (out, in)."""
     grad_f8 = to_fp8(grad, grad_s, torch.float8_e5m2)
-    grad_x = scaled_mm(grad_f8, w_f8.T.contiguous(), grad_s, w_s, torch.bfloat16)
-    grad_w = scaled_mm(grad_f8.T.contiguous(), x_f8.T.contiguous(), grad_s, x_s, torch.float32)
+    grad_x = scaled_mm(grad_f8, w_f8.T, grad_s, w_s, torch.bfloat16)
+    grad_w = scaled_mm(grad_f8.T, x_f8.T, grad_s, x_s, torch.float32)
     return grad_x, grad_w
 
 
@@ -669,7 +664,7 @@ def attention_under(block_mask):
         _, H, T, D = q.shape
 
         def copies(t):
-            t = t.reshape(H, n, BLOCK * D).index_select(1, blocks.flatten())
+            t = t.reshape(H, n, -1).index_select(1, blocks.flatten())
             return t.view(H, n, K * BLOCK, D)
 
         q = q.reshape(H, n, BLOCK, D)
@@ -684,6 +679,17 @@ def attention_under(block_mask):
 # "Muon: An optimizer for hidden layers in neural networks" (Jordan et al., 2024)
 
 
+def apply_polynomials(X, coefficients):
+    """Apply odd polynomials a x + b x**3 + c x**5 to the singular values of X (..., rows, cols)."""
+    tall = X.size(-2) > X.size(-1)
+    if tall:
+        X = X.mT  # the products below are (rows, rows), so rows should be the shorter side
+    for a, b, c in coefficients:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
 def zeropower_via_newtonschulz5(G, steps, dtype=torch.bfloat16):
     """Approximately the nearest orthogonal matrix: U S V^T becomes U S' V^T, S' near 1.
 
@@ -693,28 +699,22 @@ def zeropower_via_newtonschulz5(G, steps, dtype=torch.bfloat16):
     Newhouse, 2024).
     G: (..., rows, cols), of any float dtype. The result has its shape, in `dtype`.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values <= 1; zeros stay zero
-    X = X.to(dtype)
-    tall = G.size(-2) > G.size(-1)
-    if tall:
-        X = X.mT  # the products below are (rows, rows), so rows should be the shorter side
-    for _ in range(steps):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+    return apply_polynomials(X.to(dtype), [(3.4445, -4.7750, 2.0315)] * steps)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates, for matrices (the last two dimensions).
 
-    Parameters of one shape form a group, whose updates are orthogonalized in one batch. Each
-    process owns an equal share of a group (the last ones perhaps less): it reads their gradients,
-    keeps their state, and sends their updates to all.
+    Parameters of one shape form a group, whose updates are orthogonalized in one batch. The
+    processes own them in turn: the owner reads their gradients, keeps their state, and sends their
+    updates to all.
 
     lr scales the orthogonal update. It is multiplied by a parameter's attribute `lr_mul`, if there
     is one, and by sqrt(rows / cols) for a tall matrix, so that tall matrices change their output as
     much as wide ones.
+
+    options: settings of a subclass, which each group gets as well.
     """
 
     zeropower = staticmethod(zeropower_via_newtonschulz5)
@@ -729,22 +729,20 @@ class Muon(torch.optim.Optimizer):
         rank=0,
         world_size=1,
         dtype=torch.bfloat16,
+        **options,
     ):
         groups = {}
         for p in params:
             if p.ndim < 2:
                 raise ValueError(f"Muon is for matrices; give the {tuple(p.shape)} to Adam")
             groups.setdefault((p.shape, p.dtype), []).append(p)
-        defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps)
+        defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, **options)
         super().__init__([dict(params=group) for group in groups.values()], defaults)
         self.rank = rank
         self.world_size = world_size
         self.dtype = dtype
-        self.owner = {}  # parameter: rank of the process that keeps its state
-        for group in groups.values():
-            share = math.ceil(len(group) / world_size)
-            for i, p in enumerate(group):
-                self.owner[p] = i // share
+        # Parameter: rank of the process that keeps its state
+        self.owner = {p: i % world_size for group in groups.values() for i, p in enumerate(group)}
 
     @torch.no_grad()
     def step(self):
@@ -753,21 +751,22 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             share = math.ceil(len(params) / self.world_size)
-            update = params[0].new_zeros(share, *params[0].shape, dtype=self.dtype)
-            own = params[self.rank * share :][:share]
+            shape = self.world_size, share, *params[0].shape
+            update = params[0].new_zeros(shape, dtype=self.dtype)
+            own = params[self.rank :: self.world_size]
             if own:
-                update[: len(own)] = self.orthogonal_updates(group, own)
+                update[self.rank, : len(own)] = self.orthogonal_updates(group, own)
             if self.world_size > 1:
-                gathered = update.new_empty(self.world_size, *update.shape)
-                handles.append(dist.all_gather(list(gathered), update, async_op=True))
-                update = gathered.flatten(0, 1)
+                handles.append(dist.all_gather(list(update), update[self.rank], async_op=True))
             updates.append(update)
         for handle in handles:
             handle.wait()
         for group, update in zip(self.param_groups, updates):
             tall_factor = max(1, update.size(-2) / update.size(-1)) ** 0.5
-            for p, u in zip(group["params"], update):
-                p.add_(u, alpha=-group["lr"] * getattr(p, "lr_mul", 1.0) * tall_factor)
+            for i, p in enumerate(group["params"]):
+                turn, rank = divmod(i, self.world_size)
+                lr = group["lr"] * getattr(p, "lr_mul", 1.0) * tall_factor
+                p.sub_(update[rank, turn], alpha=lr)
 
     def orthogonal_updates(self, group, own):
         """Advance the momentum of parameters of one shape. Returns their updates (n, *shape)."""
@@ -792,29 +791,27 @@ def norm(x):
     The eps is torch's default, 1.2e-7 for every dtype. The torch of record #21 took 0.0078 for
     bfloat16, by which its queries and keys were 1.5% smaller at the start.
     """
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, x.shape[-1:])
 
 
-class CastedLinear(nn.Module):
+class CastedLinear(nn.Linear):
     """`x @ weight.T` with a float32 weight (out_features, in_features), cast at each use.
 
     use_fp8: multiply in FP8 while training, with these scales. The hardware has to support it.
     """
 
     def __init__(self, in_features, out_features, use_fp8=False, x_s=1.0, w_s=1.0, grad_s=1.0):
-        super().__init__()
+        super().__init__(in_features, out_features, bias=False)
         self.use_fp8 = use_fp8
         self.scales = x_s, w_s, grad_s
-        # A uniform distribution whose standard deviation is 0.5 / sqrt(in_features).
-        bound = 3**0.5 * 0.5 * in_features**-0.5
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+        self.weight.data *= 0.75**0.5  # to a standard deviation of 0.5 / sqrt(in_features)
 
     def forward(self, x):
         """(..., in_features) to (..., out_features). Leading dimensions of the weight are rows."""
         weight = self.weight.flatten(0, -2)
         if self.use_fp8 and self.training:
             out, *_ = torch.ops.nanogpt.mm(x.flatten(0, -2), weight, *self.scales)
-            return out.view(*x.shape[:-1], -1).type_as(x)
+            return out.unflatten(0, x.shape[:-1]).type_as(x)
         return F.linear(x, weight.type_as(x))
 
 
@@ -862,7 +859,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, ve, attend):
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
-        qkv = self.qkv(x).view(*x.shape[:2], 3 * self.num_heads, self.head_dim)
+        qkv = self.qkv(x).unflatten(2, (-1, self.head_dim))
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
         q, k = self.rotary(norm(qk)).chunk(2, dim=2)
         v = self.lambdas[0] * v
@@ -892,9 +889,7 @@ class Block(nn.Module):
 
     def __init__(self, dim, num_heads, head_dim, rotary, has_attention=True):
         super().__init__()
-        self.attn = None
-        if has_attention:
-            self.attn = CausalSelfAttention(dim, num_heads, head_dim, rotary)
+        self.attn = CausalSelfAttention(dim, num_heads, head_dim, rotary) if has_attention else None
         self.mlp = MLP(dim)
         self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
 
@@ -971,6 +966,19 @@ def document_block_mask(document, window, exact=False):
     return BlockMask((n * BLOCK, n * BLOCK), *keys, *queries, (BLOCK, BLOCK), causal_in_document)
 
 
+def loss_sum(logits, target_seq):
+    """Sum of the cross-entropies of logits (T, vocabulary) and targets (T,), -100 for none.
+
+    Logits between 0 and 30 need no shift before exp. The target's logit is taken by a sum over the
+    row, which the compiler fuses; the backward pass of a gather would fill a float32 tensor of (T,
+    vocabulary).
+    """
+    vocabulary = torch.arange(logits.size(-1), device=logits.device)
+    is_target = vocabulary == target_seq[:, None]
+    losses = logits.exp().sum(-1).log() - torch.where(is_target, logits, 0.0).sum(-1)
+    return torch.where(target_seq >= 0, losses, 0.0).sum()
+
+
 class GPT(nn.Module):
     """The network, for one sequence at a time, which may hold any number of documents.
 
@@ -1016,9 +1024,9 @@ class GPT(nn.Module):
         The window of the short mask is max(1, W // 2).
         """
         document = (input_seq == self.vocab_size - 1).cumsum(0)
-        short = (sliding_window_num_blocks // 2).clamp(min=1)
-        windows = sliding_window_num_blocks, short
-        return tuple(document_block_mask(document, window) for window in windows)
+        long = document_block_mask(document, sliding_window_num_blocks)
+        short = document_block_mask(document, (sliding_window_num_blocks // 2).clamp(min=1))
+        return long, short
 
     def hidden(self, input_seq, sliding_window_num_blocks):
         """The input of the head: ids (T,) to (T, model_dim), normalized."""
@@ -1052,21 +1060,8 @@ class GPT(nn.Module):
         hidden = self.hidden(input_seq, sliding_window_num_blocks)
         # The logits of a longer sequence, as in validation, might not fit on the card at once.
         n = self.train_seq_len
-        total = sum(map(self.loss_sum, hidden.split(n), target_seq.split(n)))
+        total = sum(map(loss_sum, map(self.logits, hidden.split(n)), target_seq.split(n)))
         return total / (target_seq >= 0).sum()
-
-    def loss_sum(self, hidden, target_seq):
-        """Sum of the cross-entropies of what `hidden` returned.
-
-        Logits between 0 and 30 need no shift before exp. The target's logit is taken by a sum over
-        the row, which the compiler fuses; the backward pass of a gather would fill a float32 tensor
-        of (T, vocabulary).
-        """
-        logits = self.logits(hidden)
-        vocabulary = torch.arange(logits.size(-1), device=logits.device)
-        is_target = vocabulary == target_seq[:, None]
-        losses = logits.exp().sum(-1).log() - torch.where(is_target, logits, 0.0).sum(-1)
-        return torch.where(target_seq >= 0, losses, 0.0).sum()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1113,23 +1108,20 @@ def build_model(hp, vocab_size, machine):
 
 def build_optimizers(network, hp, machine):
     """Adam for embeddings, head and scalars; Muon for all other parameters, which are matrices."""
-    head = [network.lm_head.weight]
     embeds = [*network.embed.parameters(), *network.value_embeds.parameters()]
-    scalars = [p for p in network.parameters() if p.ndim < 2]
-    others = {*head, *embeds, *scalars}
-    matrices = [p for p in network.parameters() if p not in others]
     groups = [
-        dict(params=head, lr=hp.head_lr),
+        dict(params=[network.lm_head.weight], lr=hp.head_lr),
         dict(params=embeds, lr=hp.embed_lr),
-        dict(params=scalars, lr=hp.scalar_lr),
+        dict(params=[p for p in network.parameters() if p.ndim < 2], lr=hp.scalar_lr),
     ]
     # The betas are those of record #21. Gradients of a mean over many tokens are small, and Adam's
     # usual eps of 1e-8 would not be small beside them. The drawback of 1e-10: while the projections
     # are still zero, the gradients of the scalars, zero on paper, are rounding errors of 1e-10 to
     # 3e-9, which Adam turns into full steps. Runs that differ in rounding alone differ from there.
     adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
+    of_adam = {p for group in groups for p in group["params"]}
     muon = Muon(
-        matrices,
+        [p for p in network.parameters() if p not in of_adam],
         lr=hp.muon_lr,
         rank=machine.rank,
         world_size=machine.world_size,
@@ -1138,18 +1130,23 @@ def build_optimizers(network, hp, machine):
     return [adam, muon]
 
 
+def set_rates(optimizers, factor, momentum):
+    """Give the optimizers their momentum, and learning rates that are `factor` times the first."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * factor
+            if "momentum" in group:
+                group["momentum"] = momentum
+
+
 def set_schedule(optimizers, step, hp, machine):
     """Give the optimizers a step's learning rates and momentum.
 
     Returns the third argument of the network: the step's window in blocks, 0-d int32 on the device.
     As a tensor it may grow without another compilation.
     """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-            group["lr"] = group["initial_lr"] * learning_rate_factor(step, hp)
-            if "momentum" in group:
-                group["momentum"] = muon_momentum(step)
+    set_rates(optimizers, learning_rate_factor(step, hp), muon_momentum(step))
     return torch.full((), window_blocks(step, hp), dtype=torch.int32, device=machine.device)
 
 
@@ -1159,13 +1156,12 @@ def training_step(network, optimizers, batches, window, step, stop, hp, machine)
     batches: this process's micro-batches. stop: whether this process was asked to stop. Returns
     float32 (2,): the mean loss of the global batch, and how many processes were asked to stop.
     """
-    total = torch.zeros((), device=machine.device)
+    result = torch.tensor([0.0, stop], device=machine.device)
     for inputs, targets in batches:
         loss = network(inputs, targets, window) / hp.seqs_per_step
         loss.backward()
-        total += loss.detach()
+        result[0] += loss.detach()
     adam, muon = optimizers
-    result = torch.stack([total, torch.full_like(total, stop)])
     sum_gradients(network.parameters(), muon.owner, result, machine)
     adam.step()
     muon.step()
@@ -1178,9 +1174,9 @@ def validate(network, loader, window, machine):
     """Mean loss in nats per token over exactly loader.num_tokens, shared by the processes."""
     network.eval()
     total = torch.zeros((), dtype=torch.float64, device=machine.device)
-    for index in range(loader.rank, loader.num_sequences, loader.world_size):
+    for index in range(machine.rank, loader.num_sequences, machine.world_size):
         inputs, targets = loader.sequence(index)
-        total += network(inputs, targets, window).double() * (targets >= 0).sum()
+        total += network(inputs, targets, window) * (targets >= 0).sum()
     network.train()
     if machine.world_size > 1:
         dist.all_reduce(total)
@@ -1231,16 +1227,14 @@ class Log:
         if self.path is None:
             return
         try:
-            self.file.write(text + "\n")
-            self.file.flush()
+            print(text, file=self.file, flush=True)
         except OSError as error:
             if self.complete:
                 warn(f"a line of the log is lost ({error.strerror}); training continues.")
             self.complete = False
         if shown:
             with contextlib.suppress(OSError):  # such as a closed pipe
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
+                tqdm.write(text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1255,20 +1249,17 @@ def on(device, entry):
 
 
 def gather_state(optimizer, machine):
-    """The optimizer's state_dict with the state that other processes keep, complete on process 0.
+    """The optimizer's state_dict, with the state of parameters that other processes own.
 
     All processes call it together.
     """
     state_dict = optimizer.state_dict()
-    if machine.world_size > 1:
-        state = state_dict["state"]
-        known = [set(state)]
-        dist.broadcast_object_list(known, src=0)
-        missing = {n: on("cpu", entry) for n, entry in state.items() if n not in known[0]}
+    if machine.world_size > 1 and hasattr(optimizer, "owner"):
         shares = [None] * machine.world_size
-        dist.all_gather_object(shares, missing)
+        own = {number: on("cpu", entry) for number, entry in state_dict["state"].items()}
+        dist.all_gather_object(shares, own)
         for share in shares:
-            state |= share
+            state_dict["state"] |= share
     return state_dict
 
 
@@ -1321,15 +1312,15 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(hp, config):
-    """The checkpoint of --resume and its path, or ({}, None).
+    """The checkpoint of --resume and its path, or the state of a new run and None.
 
     For "auto" it is the newest valid one of --run_id, or under --log_dir without one. Raises
     UserError if its config differs.
     """
-    paths = [Path(hp.resume).expanduser()] if hp.resume else []
+    paths = [Path(hp.resume)] if hp.resume else []
     if hp.resume == "auto":
         folder = glob.escape(hp.run_id) or "**"
-        paths = newest_first(Path(hp.log_dir).expanduser().glob(f"{folder}/{CHECKPOINT_FILES}"))
+        paths = newest_first(Path(hp.log_dir).glob(f"{folder}/{CHECKPOINT_FILES}"))
     for path in paths:
         try:
             state = load_checkpoint(path)
@@ -1340,7 +1331,7 @@ def find_checkpoint(hp, config):
             continue
         check_equal(config, state["config"], "this run", f"{path}; use the same settings and data")
         return state, path
-    return {}, None
+    return dict(step=0, ms=0.0, run_id=""), None
 
 
 def load_state(state, network, optimizers, rank):
@@ -1399,21 +1390,20 @@ def parse_arguments(argv, recipe):
         help="settings to start from (speedrun)",
     )
     meanings = dict(re.findall(r"^    (\w+): \w+ = .+  # (.+)$", recipe.SOURCE, re.MULTILINE))
+    parsers = {bool: parse_bool, str: os.path.expanduser}
     for field in dataclasses.fields(recipe.Hyperparameters):
         values = [str(field.default)]
         values += [f"{n} {p[field.name]}" for n, p in recipe.PRESETS.items() if field.name in p]
         optional = dict(nargs="?", const=True) if field.type is bool else {}
         parser.add_argument(
             f"--{field.name}",
-            type=parse_bool if field.type is bool else field.type,
+            type=parsers.get(field.type, field.type),
             metavar="X",
             help=f"{meanings.get(field.name)} ({', '.join(values)})".replace("%", "%%"),
             **optional,
         )
     given = vars(parser.parse_args(argv))
-    hp = recipe.Hyperparameters(**recipe.PRESETS[given.pop("preset")] | given)
-    hp.check()
-    return hp
+    return recipe.Hyperparameters(**recipe.PRESETS[given.pop("preset")] | given)
 
 
 def check_work(hp, sequences, machine):
@@ -1452,8 +1442,9 @@ def header(network, machine, description, source):
     return "\n".join([source, "=" * 100, nvidia_smi.stdout, *lines, "=" * 100])
 
 
-def warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe):
-    """Compile and run every kernel on the first tokens. Restores the weights alone."""
+def warm_up(network, train_loader, val_loader, hp, machine, recipe):
+    """Compile and run every kernel on the first tokens, and restore the weights."""
+    optimizers = recipe.build_optimizers(network, hp, machine)
     weights = {name: t.cpu().clone() for name, t in network.state_dict().items()}
     # The last schedule has the longest window, which needs the most memory.
     schedule = recipe.set_schedule(optimizers, hp.num_iterations, hp, machine)
@@ -1468,22 +1459,23 @@ def warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe):
 
 
 @torch.no_grad()
-def sample(network, num_tokens, schedule, hp):
-    """Sample the first num_tokens of a document, at most train_seq_len - 1.
+def sample(network, schedule, hp, machine):
+    """Sample the start of a document, at most train_seq_len - 1 tokens.
 
     Bytes become text, and so do GPT-2's tokens where tiktoken is installed; others are numbers.
     """
     network.eval()
     torch.manual_seed(hp.seed)
     boundary = network.vocab_size - 1
-    context = min(next_multiple_of_n(num_tokens + 1, n=BLOCK), hp.train_seq_len)
-    ids = torch.full((context,), boundary, device=network.lm_head.weight.device).int()
+    length = min(hp.sample, hp.train_seq_len - 1)
+    context = next_multiple_of_n(length + 1, n=BLOCK)
+    ids = torch.full((context,), boundary, dtype=torch.int32, device=machine.device)
     # FlexAttention respects the lists of blocks only where it is compiled.
-    hidden = torch.compile(network.hidden, dynamic=False) if ids.is_cuda else network.hidden
-    for length in range(1, min(num_tokens + 1, context)):
-        logits = network.logits(hidden(ids, schedule)[length - 1])
-        ids[length] = torch.multinomial(logits[:boundary].softmax(-1), 1)
-    tokens = ids[1 : num_tokens + 1].tolist()
+    hidden = torch.compile(network.hidden, dynamic=False) if machine.is_gpu else network.hidden
+    for i in range(length):
+        logits = network.logits(hidden(ids, schedule)[i])
+        ids[i + 1] = torch.multinomial(logits[:boundary].softmax(-1), 1)
+    tokens = ids[1 : length + 1].tolist()
     if network.vocab_size == 257:
         return bytes(tokens).decode(errors="replace")
     if network.vocab_size == GPT2_VOCAB:
@@ -1494,14 +1486,14 @@ def sample(network, num_tokens, schedule, hp):
     return str(tokens)
 
 
-def open_run(hp, state, checkpoint, machine):
+def open_run(hp, resumed_id, checkpoint, machine):
     """The folder of the run's checkpoints, and its log.
 
     Raises UserError if another run's files have their names.
     """
     new_id = time.strftime("%Y-%m-%d_%H%M%S_") + os.urandom(3).hex()
-    folder = Path(hp.log_dir).expanduser() / (hp.run_id or state.get("run_id", new_id))
-    continues = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    folder = Path(hp.log_dir) / (hp.run_id or resumed_id or new_id)
+    continues = checkpoint and checkpoint.parent.resolve() == folder.resolve()
     if machine.rank > 0:
         return folder, Log(None)
     if not continues and any(folder.glob(CHECKPOINT_FILES)):
@@ -1524,34 +1516,29 @@ def train(hp, recipe):
     sequences = [recipe.sequences_of_step(step, hp) for step in range(last)]
     check_work(hp, sequences, machine)
     train_loader, val_loader = recipe.open_loaders(hp, machine, sum(sequences))
-    config = {name: value for name, value in vars(hp).items() if name not in FREE_SETTINGS}
-    config |= dict(activations=str(machine.dtype), train_shards=train_loader.summary())
-    state, checkpoint = find_checkpoint(hp, config)
-    first = state.get("step", 0)
-    folder, log = open_run(hp, state, checkpoint, machine)
-    description = (
-        vars(hp)
-        | config
-        | dict(
-            script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
-            torch=torch.__version__,
-            resumed=(state.get("run_id"), first),
-            val_shards=val_loader.summary(),
-        )
+    config = vars(hp) | dict(activations=str(machine.dtype), train_shards=train_loader.summary())
+    description = config | dict(
+        script=hashlib.sha256(recipe.SOURCE.encode()).hexdigest()[:12],
+        torch=torch.__version__,
+        val_shards=val_loader.summary(),
     )
-    # From here on processes wait for each other. Their machines may have other paths.
-    paths = dict(train_files="", val_files="", log_dir="", resume="")
-    start_processes(description | paths, machine)
+    for name in FREE_SETTINGS:
+        del config[name]
+    state, checkpoint = find_checkpoint(hp, config)
+    first = state["step"]
+    folder, log = open_run(hp, state["run_id"], checkpoint, machine)
+    description["resumed"] = state["run_id"], first
+    # From here on processes wait for each other.
+    start_processes(description | dict.fromkeys(PATHS), machine)
 
     network = recipe.build_model(hp, train_loader.vocab_size, machine)
     if machine.is_gpu:
         network.compile(dynamic=False, fullgraph=True)
     if machine.rank == 0:
         log.line(header(network, machine, description, recipe.SOURCE), shown=False)
+    warm_up(network, train_loader, val_loader, hp, machine, recipe)
     optimizers = recipe.build_optimizers(network, hp, machine)
-    warm_up(network, optimizers, train_loader, val_loader, hp, machine, recipe)
-    optimizers = recipe.build_optimizers(network, hp, machine)
-    if state:
+    if checkpoint:
         load_state(state, network, optimizers, machine.rank)
         log.line(f"resumed from step {first} of {checkpoint}")
     train_loader.position = sum(sequences[:first])
@@ -1561,7 +1548,7 @@ def train(hp, recipe):
         unit="tok",
         unit_scale=True,
         dynamic_ncols=True,
-        disable=None if machine.rank == 0 else True,  # None: where stderr is not a terminal
+        disable=machine.rank > 0 or None,  # None: where stderr is not a terminal
     )
     loss = math.nan  # of the last step
     stopping = False  # whether a process was asked to stop
@@ -1581,18 +1568,18 @@ def train(hp, recipe):
         return [train_loader.next_batch() for _ in range(share)]
 
     batches = next_batches(first)
-    started = time.perf_counter() - state.get("ms", 0.0) / 1000  # without compilation
+    ms = state["ms"]  # of training, without compilation, validation and saving
     state = None  # frees the checkpoint's copy in host memory
+    started = time.perf_counter()
     with bar, stop_signals() as signals:
         for step in range(first, last + 1):
             schedule = recipe.set_schedule(optimizers, step, hp, machine)
-            ms = 1000 * (time.perf_counter() - started)  # of training
+            ms += 1000 * (time.perf_counter() - started)
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             if step > first:
                 bar.set_postfix_str(f"step {step}, train_loss {loss:.4f}", refresh=False)
                 bar.update(sequences[step - 1] * hp.train_seq_len)
                 report(f"{times} train_loss:{loss:.4f}", shown=bar.disable)
-            paused = time.perf_counter()  # during validation and saving
             can_stop = recipe.can_stop(step)
             ends = step == last or (stopping and can_stop)
             validates = hp.val_loss_every and step % hp.val_loss_every == 0
@@ -1614,7 +1601,7 @@ def train(hp, recipe):
                 checkpoint = path if saved else checkpoint
             if ends:
                 break
-            started += time.perf_counter() - paused
+            started = time.perf_counter()
             result = recipe.training_step(
                 network, optimizers, batches, schedule, step, bool(signals), hp, machine
             )
@@ -1623,19 +1610,18 @@ def train(hp, recipe):
 
     if step < last:
         number = signals[0] if signals else signal.SIGTERM  # received by another process
-        if machine.rank == 0:
-            name = signal.Signals(number).name
-            how = "nothing is saved without --save_every"
-            if checkpoint:
-                how = f"to continue, add --resume {shlex.quote(str(checkpoint))}"
-            warn(f"stopped by {name} after step {step}; {how}.")
+        how = "nothing is saved without --save_every"
+        if checkpoint:
+            how = f"to continue, add --resume {shlex.quote(str(checkpoint))}"
+        log.line(f"stopped by {signal.Signals(number).name} after step {step}; {how}")
         return 128 + number
     log.line(f"tokens per second: {bar.total / ms * 1000:.0f}")
-    allocated = torch.cuda.max_memory_allocated() >> 20  # 0 without a GPU
-    reserved = torch.cuda.max_memory_reserved() >> 20
-    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    log.line(
+        f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+        f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB"  # 0 without a GPU
+    )
     if hp.sample and machine.rank == 0:
-        log.line("sample: " + sample(network, hp.sample, schedule, hp))
+        log.line("sample: " + sample(network, schedule, hp, machine))
     log.line(f"log: {log.path}")
     return int(not (log.complete and saved))
 
@@ -1647,9 +1633,9 @@ def main(argv=None, recipe=None):
     can fix, 128 + N after a stop by signal N.
     """
     recipe = recipe or sys.modules[__name__]
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a sample may not fit the terminal's encoding
+    if hasattr(sys.stdout, "reconfigure"):
+        # A sample may not fit the encoding of a terminal, and pipes want each line at once.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         code = train(parse_arguments(argv, recipe), recipe)
     except UserError as error:

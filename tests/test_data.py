@@ -179,16 +179,14 @@ def test_validation_shard_among_training_shards_is_rejected(tmp_path):
     open_loaders(tmp_path, "train_[01].bin")
 
 
-def test_shards_are_found_by_the_names_people_write(tmp_path, monkeypatch):
-    """Brackets in names, ~, and folders that are not shards."""
+def test_shards_are_found_by_the_names_people_write(tmp_path):
+    """Brackets in names, and folders that are not shards."""
     folder = tmp_path / "[1] a"
     folder.mkdir()
     write_shards(folder)
     brackets = str(write_shard(folder / "train_[3].bin", [1, 2]))
-    monkeypatch.setenv("HOME", str(tmp_path))
     shards = sorted(str(path) for path in folder.glob("train_*"))
     assert train_gpt.find_shards(f"{folder}/train_*.bin") == shards
-    assert train_gpt.find_shards("~/[1] a/train_*.bin") == shards
     assert train_gpt.find_shards(brackets) == [brackets]
     assert f"{folder}/none_*.bin" in rejection(train_gpt.find_shards, f"{folder}/none_*.bin")
 

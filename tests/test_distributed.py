@@ -119,7 +119,7 @@ def assert_stopped_once(processes):
     """With one sentence, and a checkpoint of the last step in the log."""
     *_, (step, _, _) = losses(processes.log)
     path = f"logs/run/step_{int(step):08d}.pt"
-    sentence = f"stopped by SIGTERM after step {step}; to continue, add --resume {path}.\n"
+    sentence = f"stopped by SIGTERM after step {step}; to continue, add --resume {path}\n"
     assert processes.output.count("stopped by") == processes.output.count(sentence) == 1
     assert train_gpt.load_checkpoint(processes.folder / path)["step"] == int(step)
 

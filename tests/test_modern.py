@@ -54,7 +54,7 @@ def sequence(T):
 
 
 def test_schedule_at_the_borders_of_the_stages():
-    optimizer = SimpleNamespace(param_groups=[dict(lr=1.0)])
+    optimizer = SimpleNamespace(param_groups=[dict(lr=1.0, momentum=0.0)])
     found = {}
     for step in (0, 519, 520, 521, 1040, 1041, 1559, 1560, 1575, 1600):
         schedule = train_modern.set_schedule([optimizer], step, SPEEDRUN, CPU)
@@ -109,7 +109,7 @@ def test_packing_by_hand(tmp_path):
     """Documents up to 4 tokens in sequences of 5 + 1; 9 starts a document."""
     write_shard(tmp_path / "a.bin", [1, 1, 9, 2, 9, 3, 3, 3, 3, 3, 9, 4, 4, 9, 5, 5, 9, 6, 6], 10)
     write_shard(tmp_path / "b.bin", [9, 7, 7, 7, 9, 8, 8, 9, 1], 10)
-    loader = packing(tmp_path, 5, 3, max_document=4, repeat=True)
+    loader = packing(tmp_path, 5, 4, max_document=4, repeat=True)
     tokens = [torch.cat([x, y[-1:].int()]).tolist() for x, y in map(loader.sequence, range(4))]
     first, second, third = [9, 2, 9, 3, 3, 3], [9, 4, 4, 9, 5, 5], [9, 7, 7, 7, 9, 8]
     assert tokens == [first, second, third, first]

@@ -75,7 +75,6 @@ class Counter(torch.nn.Module):
     """A network to which the next token is one more than the last, in place of GPT."""
 
     vocab_size = 257
-    lm_head = torch.nn.Linear(1, 1)
 
     def hidden(self, ids, schedule):
         return ids
@@ -87,8 +86,9 @@ class Counter(torch.nn.Module):
 @pytest.mark.parametrize("num_tokens, expected", [(3, 3), (127, 127), (400, 127)])
 def test_sample_continues_the_start_of_a_document(num_tokens, expected):
     """It is shorter than a training sequence."""
-    hp = train_gpt.Hyperparameters(train_seq_len=128)
-    assert train_gpt.sample(Counter(), num_tokens, None, hp).encode() == bytes(range(expected))
+    hp = train_gpt.Hyperparameters(train_seq_len=128, sample=num_tokens)
+    machine = train_gpt.Machine(torch.device("cpu"), torch.float32)
+    assert train_gpt.sample(Counter(), None, hp, machine).encode() == bytes(range(expected))
 
 
 def test_ascii_terminal_shows_all_but_the_characters_it_lacks(started_by_hand):

@@ -12,7 +12,6 @@ README.md lists the ideas with their sources, and the settings that turn them of
 
 import dataclasses
 import functools
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     # The network
     num_layers: int = 11  # layers
     attention_free_layer: int = 6  # the layer without attention; num_layers for none
-    max_window: int = 13 * BLOCK  # attention window at the end of training, in tokens
+    max_window: int = 13 * BLOCK  # attention window at the end of training; 20/13 of it after
     fp8: str = "head"  # matmul of the head in FP8 on GPUs that support it: none or head
     key_offset: bool = True  # layers with the long window: half a key is the previous token's
     paired_heads: bool = True  # in four layers, each head attends to another one's keys, too
@@ -56,7 +55,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     head_lr: float = 0.008  # learning rate of the head and its embedding (Adam)
     scalar_lr: float = 0.04  # learning rate of the scalars; gates have parts of it (Adam)
     muon_lr: float = 0.023  # learning rate of the hidden matrices (NorMuon)
-    growing_batch: bool = True  # 2 and 3 times seqs_per_step in the schedule's later thirds
+    growing_batch: bool = True  # 2 and 3 times seqs_per_step in later thirds, at higher rates
     predict: int = 3  # number of next tokens to predict at first, up to 3
     normuon: bool = True  # normalize the update of each neuron
     decay: float = 1.0  # factor of all cautious weight decays
@@ -64,13 +63,13 @@ class Hyperparameters(train_gpt.Hyperparameters):
     pack: bool = True  # training sequences consist of documents from their start
     max_document: int = 2048  # tokens of a document when packed
 
-    def check(self):
+    def __post_init__(self):
         """Raise UserError at the first setting that cannot be right."""
-        super().check()
+        super().__post_init__()
         self.require(self.num_layers >= 11, "num_layers", "at least 11")
         self.require(self.fp8 != "all", "fp8", "none or head")
-        even = self.num_heads % 2 == 0
-        self.require(even or not self.paired_heads, "num_heads", "even for --paired_heads")
+        pairs = self.num_heads % 2 == 0 or not self.paired_heads
+        self.require(pairs, "num_heads", "even for --paired_heads")
         self.require(1 <= self.predict <= 3, "predict", "1, 2 or 3")
         self.require(self.max_document > 0, "max_document", "positive")
 
@@ -112,7 +111,7 @@ def learning_rate_factor(step, hp):
     """Higher for larger batches, with a linear cooldown to 0.1."""
     progress = step / scheduled_steps(hp)
     peak = 1.0
-    if hp.growing_batch:
+    if hp.growing_batch:  # <= as in the record: the first step of a larger batch has the old rate
         peak = 1.0 if progress <= 1 / 3 else 1.52 if progress <= 2 / 3 else 1.73
     warm = min(1, max(0, 1 - progress) / hp.cooldown_frac)
     return peak * warm + 0.1 * (1 - warm)
@@ -148,12 +147,13 @@ def yarn(stage, hp):
     """
     frequencies = (1 / 1024) ** torch.linspace(0, 1, hp.head_dim // 4)
     scale = 0.1
-    windows = [window_blocks(s, hp) for s in range(stage + 1)]
-    for before, after in itertools.pairwise(windows):
-        turns = BLOCK * before * frequencies / (2 * math.pi)
+    for before in range(stage):
+        window = window_blocks(before, hp)
+        ratio = window / window_blocks(before + 1, hp)
+        turns = BLOCK * window * frequencies / (2 * math.pi)
         stays = ((turns - 1) / 31).clamp(0, 1)
-        frequencies = frequencies * (before / after + stays * (1 - before / after))
-        scale *= 1 + 0.2 * math.log(after / before)
+        frequencies = frequencies * (ratio + stays * (1 - ratio))
+        scale *= 1 - 0.2 * math.log(ratio)
     return frequencies, scale
 
 
@@ -161,7 +161,7 @@ class Schedule(NamedTuple):
     """What changes in the network during training. As tensors, they need no new compilation."""
 
     windows: Tensor  # (2,) int32: the long and the short window in blocks
-    frequencies: Tensor  # (head_dim / 4,): radians a token
+    frequencies: Tensor  # (head_dim / 2,): radians a token, zero for the channels that stay
     scale: Tensor  # 0-d: of the attention scores
     target_weights: Tensor  # (predict,)
 
@@ -180,40 +180,38 @@ class PackingDataLoader(train_gpt.DistributedDataLoader):
 
     def __init__(self, filename_pattern, seq_len, *, max_document, **options):
         super().__init__(filename_pattern, seq_len, **options)
-        self.packed = []  # of each sequence, the first tokens and the lengths of its documents
-        for path, start, length in zip(self.files, self.starts, self.lengths, strict=True):
+        self.packed = []  # of each sequence, the first token and the length of its documents
+        for path, start, length in zip(self.files, self.starts, self.lengths):
             boundaries = np.flatnonzero(self.read(start, length) == self.vocab_size - 1)
-            lengths = np.diff(boundaries, append=length).clip(max=max_document)
             if not len(boundaries):
                 raise UserError(
                     f"{path} has no token {self.vocab_size - 1}, which starts a document; leave it "
                     "out, or add --pack false."
                 )
-            before = np.cumsum(np.append(0, lengths))  # tokens before each document
-            first = 0
-            while before[-1] >= (end := before[first] + seq_len + 1):
-                last = np.searchsorted(before, end)
-                self.packed.append((start + boundaries[first:last], lengths[first:last]))
-                first = last
+            lengths = np.diff(boundaries, append=length).clip(max=max_document)
+            documents = np.stack([start + boundaries, lengths], axis=1)
+            first, missing = 0, seq_len + 1
+            for end, document_length in enumerate(lengths, 1):
+                missing -= document_length
+                if missing <= 0:
+                    self.packed.append(documents[first:end])
+                    first, missing = end, seq_len + 1
             if len(self.packed) >= self.num_sequences and not self.shuffle:
                 break
-        needed = 1 if options["repeat"] else self.num_sequences
-        if len(self.packed) < needed:
+        self.in_an_epoch = len(self.packed)
+        needed = 1 if options.get("repeat") else self.num_sequences
+        if self.in_an_epoch < needed:
             raise UserError(
-                f"{filename_pattern} has documents for {len(self.packed)} sequences of {seq_len} "
+                f"{filename_pattern} has documents for {self.in_an_epoch} sequences of {seq_len} "
                 f"tokens, and the run needs {needed}; add shards, lower --num_iterations, or add "
                 "--repeat or --pack false."
             )
 
-    def sequence(self, index):
-        """Sequence `index`: inputs (seq_len,) int32 and targets (seq_len,) int64 on the device."""
-        epoch, place = divmod(index, len(self.packed))
-        if self.shuffle:
-            place = np.random.default_rng(epoch).permutation(len(self.packed))[place]
-        documents = [
-            self.read(int(start), int(n)) for start, n in zip(*self.packed[place], strict=True)
-        ]
-        return self.to_device(np.concatenate(documents)[: self.seq_len + 1], self.seq_len)
+    def tokens(self, place):
+        """The seq_len + 1 tokens of the sequence at a place of the stream, uint16."""
+        documents = self.packed[place % self.in_an_epoch]
+        tokens = np.concatenate([self.read(*document) for document in documents])
+        return tokens[: self.seq_len + 1]
 
 
 def open_loaders(hp, machine, num_sequences):
@@ -243,14 +241,8 @@ def polar_express(G, steps, dtype):
     The polynomial of each step is the best one for what the step before leaves. "The Polar Express"
     (Amsel et al., 2025)
     """
-    X = (G / (1.02 * G.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
-    tall = G.size(-2) > G.size(-1)
-    if tall:
-        X = X.mT  # the products below are (rows, rows), so rows should be the shorter side
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+    X = G / (1.02 * G.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    return train_gpt.apply_polynomials(X.to(dtype), POLAR_EXPRESS[:steps])
 
 
 class NorMuon(train_gpt.Muon):
@@ -262,59 +254,47 @@ class NorMuon(train_gpt.Muon):
 
     zeropower = staticmethod(polar_express)
 
-    def __init__(self, params, *, normalize, decay, **options):
-        super().__init__(params, **options)
-        self.normalize = normalize
-        self.decay = decay
-
     def orthogonal_updates(self, group, own):
         """Advance the state of parameters of one shape. Returns their updates (n, *shape)."""
-        weights = torch.stack(own)
-        updates = super().orthogonal_updates(group, own).type_as(weights)
-        if self.normalize:
-            length = torch.linalg.matrix_norm(updates, keepdim=True)
-            axis = -1 if updates.size(-2) >= updates.size(-1) else -2
-            for p, power in zip(own, updates.square().mean(axis, keepdim=True), strict=True):
-                self.state[p].setdefault("power", torch.zeros_like(power)).lerp_(power, 0.05)
-            power = torch.stack([self.state[p]["power"] for p in own])
-            updates *= power.clamp(min=1e-10).rsqrt()
-            updates *= length / torch.linalg.matrix_norm(updates, keepdim=True).clamp(min=1e-10)
-        agree = updates * weights >= 0
-        return updates + self.decay * group["lr"] * weights * agree
-
-
-def adam_update(p, grad, m, v, numbers):
-    """Adam of one tensor, in place, with weight decay where it has the sign of the update.
-
-    numbers (5,): 1 - beta1, 1 - beta2, learning rate over 1 - beta1 ** t, root of 1 - beta2 ** t,
-    and decay.
-    """
-    weight1, weight2, lr, correction, decay = numbers
-    grad = grad.type_as(m)
-    m.lerp_(grad, weight1)
-    v.lerp_(grad.square(), weight2)
-    update = lr * correction * m / (v.sqrt() + 1e-10)
-    p.copy_(p - update - decay * p * (update * p > 0))
-
-
-@functools.cache
-def compiled(function):
-    """One kernel for matrices of any size, instead of a dozen: the tables are large."""
-    return torch.compile(function, dynamic=True)
+        updates = super().orthogonal_updates(group, own).type_as(own[0])
+        axis = -1 if updates.size(-2) >= updates.size(-1) else -2
+        for p, u in zip(own, updates):
+            if group["normalize"]:
+                length = u.norm(dim=(-2, -1), keepdim=True)
+                square = u.square().mean(axis, keepdim=True)
+                power = self.state[p].setdefault("power", torch.zeros_like(square))
+                power.lerp_(square, 0.05)
+                u *= power.clamp(min=1e-10).rsqrt()
+                u.copy_(length * F.normalize(u, dim=(-2, -1)))
+            u += group["decay"] * group["lr"] * p * (u * p >= 0)
+        return updates
 
 
 class CautiousAdam(torch.optim.Optimizer):
     """Adam with cautious weight decay, of parameters with a gradient. Its moments are float32.
 
-    A group has lr, betas, decay (in squares of lr), and t, the number of its next step.
+    A group has lr, betas, decay (in squares of lr), and t, its number of steps.
     """
+
+    @staticmethod
+    def update(p, grad, numbers, m, v):
+        """Adam of one tensor, in place, with weight decay where it has the sign of the update.
+
+        numbers (5,): beta1, beta2, learning rate, decay, and the number of steps. m, v: moments.
+        """
+        beta1, beta2, lr, decay, t = numbers
+        grad = grad.type_as(m)
+        m.lerp_(grad, 1 - beta1)
+        v.lerp_(grad.square(), 1 - beta2)
+        correction = (1 - beta2**t).sqrt() / (1 - beta1**t)
+        update = lr * correction * m / (v.sqrt() + 1e-10)
+        p.sub_(update + lr**2 * decay * p * (update * p > 0))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            (beta1, beta2), lr, t = group["betas"], group["lr"], group["t"]
-            corrections = lr / (1 - beta1**t), (1 - beta2**t) ** 0.5
-            numbers = [1 - beta1, 1 - beta2, *corrections, lr**2 * group["decay"]]
+            group["t"] += 1
+            numbers = [*group["betas"], group["lr"], group["decay"], group["t"]]
             numbers = torch.tensor(numbers, device=group["params"][0].device)
             for p in group["params"]:
                 if p.grad is None:
@@ -322,9 +302,8 @@ class CautiousAdam(torch.optim.Optimizer):
                 if p not in self.state:
                     zeros = torch.zeros_like(p, dtype=numbers.dtype)
                     self.state[p] = dict(m=zeros, v=zeros.clone())
-                update = compiled(adam_update) if p.is_cuda and p.ndim == 2 else adam_update
                 # p.data: the shape of a Parameter would be part of the compiled code.
-                update(p.data, p.grad, self.state[p]["m"], self.state[p]["v"], numbers)
+                self.update(p.data, p.grad, numbers, **self.state[p])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,7 +312,7 @@ class CautiousAdam(torch.optim.Optimizer):
 
 def gate(x, weight):
     """A sigmoid of the first channels: x (T, dim), weight (n, 12), to (T, n)."""
-    return torch.sigmoid(F.linear(x[:, : weight.size(1)], weight.type_as(x)))
+    return torch.sigmoid(F.linear(x[:, :12], weight.type_as(x)))
 
 
 def bigram_rows(ids, last):
@@ -347,18 +326,14 @@ def bigram_rows(ids, last):
     return torch.cat([ids[:1], hashed.remainder(last)])
 
 
-def rotary(position, frequencies, dtype):
-    """cos and sin of positions (T, heads or 1): (T, heads or 1, head_dim / 4)."""
-    angle = position[..., None] * frequencies
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def rotated(x, turn):
+    """Turn neighbouring channels of x (T, heads, head_dim).
 
-
-def rotated(x, cos, sin):
-    """Turn neighbouring channels of the first half of x (T, heads, head_dim), and keep the rest."""
-    turning, still = x.chunk(2, dim=-1)
-    a, b = turning.reshape(*x.shape[:2], -1, 2).unbind(-1)
-    turned = torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1)
-    return torch.cat([turned.flatten(-2), still], dim=-1)
+    turn: cos and sin (2, T, heads or 1, head_dim / 2).
+    """
+    cos, sin = turn
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2)
 
 
 def attention_within(document, window):
@@ -369,77 +344,78 @@ def attention_within(document, window):
 class CausalSelfAttention(train_gpt.CausalSelfAttention):
     """Attention with a gate on each head, "Gated Attention" (Qiu et al., 2025).
 
-    paired: a token has two rows, one with the first half of its heads and one with the second, so
-    that each head attends to the keys of another one as well.
+    A layer is of one of three kinds: short, long, by its window, or paired. Then a token has two
+    rows, one with the first half of its heads and one with the second, so that each head attends to
+    the keys of another one as well.
     key_offset: the channels that do not turn come from the previous token's key, so that a query
     finds what followed an earlier token like its own.
     """
 
-    def __init__(self, hp, layer, has_values):
+    def __init__(self, hp, layer):
         super().__init__(hp.model_dim, hp.num_heads, hp.head_dim, rotary=None)
-        self.paired = hp.paired_heads and layer in (0, 2, 5, 9)
-        self.long = layer in (3, hp.num_layers - 1)
-        self.key_offset = hp.key_offset and self.long
+        self.kind = "long" if layer in (3, hp.num_layers - 1) else "short"
+        if hp.paired_heads and layer in (0, 2, 5, 9):
+            self.kind = "paired"
+        self.key_offset = hp.key_offset and self.kind == "long"
         self.qkv.weight.data *= 2  # a standard deviation of 1 / sqrt(model_dim)
         self.lambdas.data[1] = 1.0
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, 12))
-        self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, 12)) if has_values else None
+        if layer < 2 or layer >= hp.num_layers - 3:
+            self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, 12))
 
     def forward(self, x, ve, scale, turn, attend):
-        """x (T, dim), ve (T, num_heads * head_dim) or None, turn (cos, sin); returns (T, dim)."""
+        """x (T, dim), ve (T, num_heads * head_dim) or None; returns (T, dim)."""
         T = len(x)
-        heads = self.num_heads, self.head_dim
-        q, k, v = self.qkv(x).view(T, 3, *heads).unbind(1)
-        q = rotated(norm(q), *turn) * scale
-        k = rotated(norm(k), *turn)
+        q, k, v = self.qkv(x).view(T, 3, self.num_heads, self.head_dim).unbind(1)
+        q = rotated(norm(q), turn) * scale
+        k = rotated(norm(k), turn)
         if self.key_offset:
             turning, still = k.chunk(2, dim=-1)
             k = torch.cat([turning, torch.cat([still[:1], still[:-1]])], dim=-1)
         v = self.lambdas[0] * v
         if ve is not None:
             v = v + 2 * gate(x, self.value_gate)[..., None] * ve.view_as(v)
-        if self.paired:
-            q, k, v = (t.reshape(2 * T, -1, self.head_dim) for t in (q, k, v))
-        y = attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), scale=1.0)
-        y = y[0].transpose(0, 1).reshape(T, *heads) * gate(x, self.gate)[..., None]
-        return self.lambdas[1] * self.c_proj(y.flatten(1))
+        rows = 2 * T if self.kind == "paired" else T
+        q, k, v = (t.reshape(1, rows, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        y = attend(q, k, v, scale=1.0).transpose(1, 2) * gate(x, self.gate).view(1, rows, -1, 1)
+        return self.lambdas[1] * self.c_proj(y.reshape(T, -1))
 
 
-class GPT(nn.Module):
+class GPT(train_gpt.GPT):
     """The network, for one sequence at a time.
 
     Layer 6 also reads the output of layer 3, by a gate, and the head does without a part of layer
-    7's output. dtype: of the activations and the embeddings; the other weights are float32.
+    7's output. Activations and embeddings have the machine's dtype; other weights are float32.
     """
 
-    def __init__(self, vocab_size, hp, fp8, dtype):
-        super().__init__()
+    def __init__(self, vocab_size, hp, machine):
+        nn.Module.__init__(self)  # and not the parent's: all layers are others
         self.vocab_size = vocab_size
+        self.train_seq_len = hp.train_seq_len
         self.hp = hp
         n = hp.num_layers
         self.attentions = nn.ModuleList(
-            None
-            if i == hp.attention_free_layer
-            else CausalSelfAttention(hp, i, has_values=i < 2 or i >= n - 3)
-            for i in range(n)
+            None if i == hp.attention_free_layer else CausalSelfAttention(hp, i) for i in range(n)
         )
         self.mlps = nn.ModuleList(train_gpt.MLP(hp.model_dim) for _ in range(n))
         rows = train_gpt.next_multiple_of_n(vocab_size, n=128)
+        fp8 = hp.fp8 == "head" and machine.supports_fp8
         # The loss is a sum over tokens, divided by the first batch's number of sequences.
         grad_s = 448 / 0.75 * hp.seqs_per_step
         self.lm_head = CastedLinear(hp.model_dim, rows, fp8, 448 / 100, 448 / 1.6, grad_s)
         nn.init.normal_(self.lm_head.weight, std=0.005)
 
-        def table(rows, columns):
-            return nn.Embedding.from_pretrained(torch.zeros(rows, columns, dtype=dtype), False)
+        def table(*shape):
+            zeros = torch.zeros(shape, dtype=machine.dtype)
+            return nn.Embedding.from_pretrained(zeros, freeze=False)
 
         self.embed = table(rows, hp.model_dim)
         self.embed.weight.data.copy_(self.lm_head.weight.data)
         self.value_embeds = nn.ModuleList(table(rows, hp.num_heads * hp.head_dim) for _ in range(3))
         self.bigrams = table(hp.bigrams * rows, hp.model_dim)
-        self.residual = nn.Parameter(torch.full((n,), 1.1))
+        self.residual = nn.Parameter(1.1 * torch.ones(n))
         self.from_input = nn.Parameter(torch.zeros(n))
-        self.from_bigrams = nn.Parameter(torch.full((n,), 0.1))
+        self.from_bigrams = nn.Parameter(0.1 * torch.ones(n))
         self.smear = nn.Parameter(torch.tensor(0.0), requires_grad=hp.smear)
         self.smear_gate = nn.Parameter(torch.zeros(1, 12))
         self.skip = nn.Parameter(torch.tensor(-1.5))
@@ -449,36 +425,36 @@ class GPT(nn.Module):
     def hidden(self, input_seq, schedule):
         """The input of the head: ids (T,) to (T, model_dim), normalized."""
         e = self.embed(input_seq)
-        smeared = e[1:] + self.smear * gate(e[1:], self.smear_gate) * e[:-1]
-        x = x0 = norm(torch.cat([e[:1], smeared]))
+        before = F.pad(e[:-1], (0, 0, 1, 0))  # the embedding of the token before
+        x = x0 = norm(e + self.smear * gate(e, self.smear_gate) * before)
         bigrams = 0.0
         if self.hp.bigrams:
-            bigrams = self.bigrams(bigram_rows(input_seq, len(self.bigrams.weight) - 1))
+            bigrams = self.bigrams(bigram_rows(input_seq, self.bigrams.num_embeddings - 1))
         ve = [table(input_seq) for table in self.value_embeds]
         ve = ve[1:] + [None] * (len(self.mlps) - 5) + ve
 
-        document = (input_seq == self.vocab_size - 1).cumsum(0)
-        two_rows = document.repeat_interleave(2)
-        long, short = schedule.windows
-        long = attention_within(document, long)
-        paired = attention_within(two_rows, short)
-        short = attention_within(document, short)
-        position = torch.arange(len(input_seq), device=input_seq.device)[:, None]
         # In paired heads the position depends on the head's number and not on its row.
-        parity = torch.arange(self.hp.num_heads, device=input_seq.device) % 2
-        turn = rotary(position, schedule.frequencies, x.dtype)
-        turn_paired = rotary(2 * position + parity, schedule.frequencies, x.dtype)
+        position = torch.arange(len(input_seq), device=input_seq.device)[:, None, None]
+        parity = torch.arange(self.hp.num_heads, device=input_seq.device)[:, None] % 2
+        angle = position * schedule.frequencies
+        turn = torch.stack([angle.cos(), angle.sin()]).type_as(x)
+        angle = (2 * position + parity) * schedule.frequencies
+        turn_paired = torch.stack([angle.cos(), angle.sin()]).type_as(x)
+        document = (input_seq == self.vocab_size - 1).cumsum(0)
+        long, short = schedule.windows
+        kinds = dict(
+            long=(turn, attention_within(document, long)),
+            short=(turn, attention_within(document, short)),
+            paired=(turn_paired, attention_within(document.repeat_interleave(2), short)),
+        )
 
         outputs = []
-        for i, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
+        for i, (attention, mlp) in enumerate(zip(self.attentions, self.mlps)):
             if i == 6:
                 x = x + 2 * self.skip.sigmoid() * gate(x0, self.skip_gate) * outputs[3]
             x = self.residual[i] * x + self.from_input[i] * x0 + self.from_bigrams[i] * bigrams
             if attention is not None:
-                place = (turn, long) if attention.long else (turn, short)
-                if attention.paired:
-                    place = turn_paired, paired
-                x = x + attention(norm(x), ve[i], schedule.scale, *place)
+                x = x + attention(norm(x), ve[i], schedule.scale, *kinds[attention.kind])
             x = x + mlp(norm(x))
             outputs.append(x)
         return norm(x - self.backout * outputs[7])
@@ -493,26 +469,12 @@ class GPT(nn.Module):
         In validation the mean cross-entropy of the next token, 0-d. Ids (T,) int32, targets (T,)
         int64 with -100 where there is none.
         """
-        hidden = self.hidden(input_seq, schedule)
-        if self.training:
-            return self.loss_sums(hidden, target_seq, self.hp.predict)
-        # The logits of a longer sequence might not fit on the card at once.
-        n = self.hp.train_seq_len
-        parts = zip(hidden.split(n), target_seq.split(n), strict=True)
-        total = sum(self.loss_sums(*part, 1) for part in parts)
-        return total[0] / (target_seq >= 0).sum()
-
-    def loss_sums(self, hidden, target_seq, predict):
-        """Summed cross-entropies of the tokens 1, 2, ... `predict` positions ahead."""
-        logits = self.logits(hidden)
-        normalizer = logits.exp().sum(-1).log()  # logits up to 23 need no shift
-        vocabulary = torch.arange(logits.size(-1), device=logits.device)
-        sums = []
-        for ahead in range(predict):
-            target = F.pad(target_seq[ahead:], (0, ahead), value=-100)
-            picked = torch.where(vocabulary == target[:, None], logits, 0.0).sum(-1)
-            sums.append(torch.where(target >= 0, normalizer - picked, 0.0).sum())
-        return torch.stack(sums)
+        if not self.training:
+            return super().forward(input_seq, target_seq, schedule)
+        logits = self.logits(self.hidden(input_seq, schedule))
+        shifts = range(self.hp.predict)
+        targets = [F.pad(target_seq[shift:], (0, shift), value=-100) for shift in shifts]
+        return torch.stack([train_gpt.loss_sum(logits, target) for target in targets])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -522,61 +484,57 @@ class GPT(nn.Module):
 def build_model(hp, vocab_size, machine):
     """The network on the machine's device. A seed gives the same weights on every device."""
     torch.manual_seed(hp.seed)
-    fp8 = hp.fp8 == "head" and machine.supports_fp8
-    return GPT(vocab_size, hp, fp8, machine.dtype).to(machine.device)
+    return GPT(vocab_size, hp, machine).to(machine.device)
 
 
 def build_optimizers(model, hp, machine):
     """Adam for embeddings, head, gates and scalars; NorMuon for the matrices between."""
     layers = [*model.attentions.named_parameters(), *model.mlps.named_parameters()]
-    gates = [p for name, p in layers if name.endswith("gate")]
-    matrices = [p for name, p in layers if name.endswith("weight")]
-    for mlp in model.mlps:
-        mlp.c_proj.weight.lr_mul = 4.0
+    matrices = [p for name, p in layers if "weight" in name]
+    gates = [p for name, p in layers if "gate" in name]
     scalars = [p for p in model.parameters() if p.ndim < 2 and p is not model.from_input]
-
-    def group(params, lr, betas, decay=0.0):
-        return dict(params=params, lr=lr, betas=betas, decay=hp.decay * decay)
-
+    head = [model.lm_head.weight, model.embed.weight]
     tables = [*model.value_embeds.parameters(), model.bigrams.weight]
     groups = [
-        group([model.lm_head.weight, model.embed.weight], hp.head_lr, (0.5, 0.95), 0.75),
-        group(tables, hp.embed_lr, (0.75, 0.95), 0.025),
-        group(scalars, hp.scalar_lr, (0.9, 0.99)),
-        group([model.from_input], hp.scalar_lr, (0.65, 0.95)),
-        group(gates, hp.scalar_lr / 5, (0.9, 0.99), 0.005),
-        group([model.skip_gate], hp.scalar_lr / 100, (0.9, 0.99)),
-        group([model.smear_gate], hp.scalar_lr / 500, (0.9, 0.99)),
+        dict(params=head, lr=hp.head_lr, betas=(0.5, 0.95), decay=0.75 * hp.decay),
+        dict(params=tables, lr=hp.embed_lr, betas=(0.75, 0.95), decay=0.025 * hp.decay),
+        dict(params=scalars, lr=hp.scalar_lr),
+        dict(params=[model.from_input], lr=hp.scalar_lr, betas=(0.65, 0.95)),
+        dict(params=gates, lr=hp.scalar_lr / 5, decay=0.005 * hp.decay),
+        dict(params=[model.skip_gate], lr=hp.scalar_lr / 100),
+        dict(params=[model.smear_gate], lr=hp.scalar_lr / 500),
     ]
+    adam = CautiousAdam(groups, dict(betas=(0.9, 0.99), decay=0.0, t=0))
+    if machine.is_gpu:  # one kernel instead of a dozen: the tables are large
+        adam.update = torch.compile(adam.update, dynamic=True)
+    for mlp in model.mlps:
+        mlp.c_proj.weight.lr_mul = 4.0
     muon = NorMuon(
         matrices,
-        normalize=hp.normuon,
-        decay=1.2 * hp.decay,
         lr=hp.muon_lr,
         rank=machine.rank,
         world_size=machine.world_size,
         dtype=machine.dtype,
+        normalize=hp.normuon,
+        decay=1.2 * hp.decay,
     )
-    return [CautiousAdam(groups, dict(t=1)), muon]
+    return [adam, muon]
 
 
 def set_schedule(optimizers, step, hp, machine):
     """Give the optimizers a step's learning rates and momentum. Returns the network's schedule."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-            group["lr"] = group["initial_lr"] * learning_rate_factor(step, hp)
-            group["momentum"] = muon_momentum(step, hp)
-            group["t"] = step // 2 + 1  # of Adam, which steps after every second batch
+    train_gpt.set_rates(optimizers, learning_rate_factor(step, hp), muon_momentum(step, hp))
     stage = stage_of_step(step, hp)
-    long = window_blocks(stage, hp)
-    short = max(1, long // 2)
-    if step == hp.num_iterations:
-        long = window_blocks(4, hp)
+    short = max(1, window_blocks(stage, hp) // 2)
+    long = window_blocks(4 if step == hp.num_iterations else stage, hp)
     frequencies, scale = yarn(stage, hp)
-    weights = torch.tensor(target_weights(step, hp))
-    tensors = torch.tensor([long, short], dtype=torch.int32), frequencies, torch.tensor(scale)
-    return Schedule(*(t.to(machine.device) for t in (*tensors, weights)))
+    values = (
+        torch.tensor([long, short], dtype=torch.int32),
+        F.pad(frequencies, (0, len(frequencies))),
+        scale,
+        target_weights(step, hp),
+    )
+    return Schedule(*(torch.as_tensor(value, device=machine.device) for value in values))
 
 
 def untie_step(hp):
@@ -604,26 +562,24 @@ def training_step(model, optimizers, batches, schedule, step, stop, hp, machine)
         # Not the batch's number of sequences: with it, the gradients grow.
         (losses @ schedule.target_weights / hp.seqs_per_step).backward()
         total += losses[0].detach()
-    mean = total / (sequences_of_step(step, hp) * hp.train_seq_len)
-    result = torch.stack([mean, torch.full_like(mean, stop)])
+    tokens = sequences_of_step(step, hp) * hp.train_seq_len
+    result = torch.stack([total / tokens, torch.full_like(total, stop)])
     adam, muon = optimizers
-    head, embed = model.lm_head.weight, model.embed.weight
     adam_steps = step % 2 == 1
-    tied = adam_steps and step <= untie_step(hp)
-    if tied:
-        head.grad += embed.grad
-        embed.grad = None
     parameters = model.parameters() if adam_steps else muon.owner
     train_gpt.sum_gradients(parameters, muon.owner, result, machine)
     muon.step()
     muon.zero_grad()
     if adam_steps:
+        head, embed = model.lm_head.weight, model.embed.weight
+        tied = step <= untie_step(hp)
+        if tied:
+            head.grad += embed.grad
+            embed.grad.copy_(head.grad)
         adam.step()
         adam.zero_grad()
-    if tied:
-        embed.data.copy_(head.data)
-    if step == untie_step(hp):
-        adam.state[embed] = {name: t.clone() for name, t in adam.state[head].items()}
+        if tied:
+            embed.data.copy_(head.data)
     return result
 
 
