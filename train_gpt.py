@@ -811,7 +811,7 @@ class CastedLinear(nn.Linear):
         weight = self.weight.flatten(0, -2)
         if self.use_fp8 and self.training:
             out, *_ = torch.ops.nanogpt.mm(x.flatten(0, -2), weight, *self.scales)
-            return out.unflatten(0, x.shape[:-1]).type_as(x)
+            return out.view(*x.shape[:-1], -1).type_as(x)
         return F.linear(x, weight.type_as(x))
 
 
@@ -859,7 +859,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, ve, attend):
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
-        qkv = self.qkv(x).unflatten(2, (-1, self.head_dim))
+        qkv = self.qkv(x).view(1, len(x[0]), -1, self.head_dim)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
         q, k = self.rotary(norm(qk)).chunk(2, dim=2)
         v = self.lambdas[0] * v
@@ -1449,7 +1449,8 @@ def warm_up(network, train_loader, val_loader, hp, machine, recipe):
     # The last schedule has the longest window, which needs the most memory.
     schedule = recipe.set_schedule(optimizers, hp.num_iterations, hp, machine)
     # A second micro-step, where there is one, needs memory for the gradients of the first as well.
-    batches = [train_loader.sequence(0)] * min(2, hp.seqs_per_step // machine.world_size)
+    most = recipe.sequences_of_step(hp.num_iterations, hp) // machine.world_size
+    batches = [train_loader.sequence(0)] * min(2, most)
     for step in range(2):  # a recipe may do other things in odd steps
         recipe.training_step(network, optimizers, batches, schedule, step, False, hp, machine)
     with torch.no_grad():

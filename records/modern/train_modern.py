@@ -332,7 +332,7 @@ def rotated(x, turn):
     turn: cos and sin (2, T, heads or 1, head_dim / 2).
     """
     cos, sin = turn
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.view(*x.shape[:2], -1, 2).unbind(-1)
     return torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2)
 
 
