@@ -109,23 +109,21 @@ class Hyperparameters:
         for name, value in vars(self).items():
             if not isinstance(value, str):
                 self.require(0 <= value < 2**63, name, "a number from 0 to 2**63")
+        for name in ("num_heads", "seqs_per_step", "num_iterations", "cooldown_frac", "keep"):
+            self.require(getattr(self, name) > 0, name, "positive")
         units = dict(
-            num_heads=1,
             head_dim=16,
             model_dim=16,
             max_window=BLOCK,
             train_seq_len=BLOCK,
-            seqs_per_step=1,
-            num_iterations=1,
             val_seq_len=BLOCK,
-            keep=1,
         )
         for name, unit in units.items():
             value = getattr(self, name)
             self.require(value > 0 and value % unit == 0, name, f"a positive multiple of {unit}")
         self.require(self.num_layers >= 6, "num_layers", "at least 6")  # two for each value table
         self.require("/" not in self.run_id, "run_id", "a name without /")
-        self.require(0 < self.cooldown_frac <= 1, "cooldown_frac", "above 0 and at most 1")
+        self.require(self.cooldown_frac <= 1, "cooldown_frac", "at most 1")
         self.require(self.fp8 in ("none", "head", "all"), "fp8", "none, head or all")
         known = self.dtype in ("auto", "bfloat16", "float32")
         self.require(known, "dtype", "auto, bfloat16 or float32")
@@ -859,9 +857,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, ve, attend):
         """x (1, T, dim), ve (1, T, num_heads * head_dim) or None; returns (1, T, dim)."""
-        qkv = self.qkv(x).view(1, len(x[0]), -1, self.head_dim)
+        qkv = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
         qk, v = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
-        q, k = self.rotary(norm(qk)).chunk(2, dim=2)
+        q, k = self.rotary(norm(qk)).chunk(2, dim=2)  # together: the backward pass moves less
         v = self.lambdas[0] * v
         if ve is not None:
             v = v + self.lambdas[1] * ve.view_as(v)
