@@ -117,6 +117,19 @@ def test_logged_losses_equal_steps_by_hand(folder, monkeypatch):
     assert [train_loss for _, train_loss, _ in losses(read_log(folder))[:-1]] == expected
 
 
+def test_batch_grows_and_warm_up_has_the_micro_steps_of_the_largest(folder):
+    """From its second micro-step on, a step needs memory for the gradients of the first as well."""
+    sizes = []
+
+    def training_step(network, optimizers, batches, *rest):
+        sizes.append(len(batches))
+        return train_gpt.training_step(network, optimizers, batches, *rest)
+
+    changes = dict(sequences_of_step=lambda step, hp: 1 + step // 3, training_step=training_step)
+    assert train(folder, **changes) == 0
+    assert sizes == [2, 2, 1, 1, 1, 2, 2, 2]
+
+
 def test_clock_excludes_validation_and_saving(folder, monkeypatch):
     """Each takes an hour, and a step a second, by a clock that nothing else moves."""
     now = 0.0
