@@ -50,15 +50,21 @@ case "$flags" in
     *" --preset tiny "* | *" --preset=tiny "*)
         ls data/local_text/train_*.bin data/local_text/val_*.bin >/dev/null 2>&1 || .venv/bin/python data/local_text.py ;;
     *)
-        case "$flags" in *" --preset medium "* | *" --preset=medium "*) shards=40 ;; esac
+        case "$script$flags" in train_gpt.py*" --preset medium "* | train_gpt.py*" --preset=medium "*) shards=40 ;; esac
         echo "run.sh: this run needs $shards training shards of FineWeb, 0.2 GB each, and the validation shard"
         .venv/bin/python data/cached_fineweb10B.py "$shards" ;;
 esac
 
-# On smaller GPUs the same tokens a step in smaller parts; README.md has the table.
+# On smaller GPUs the same tokens a step in smaller parts; each recipe's README.md has the table.
 fit=
 case "$script$flags" in
-    *" --preset"* | *" --train_seq_len"* | *" --seqs_per_step"* | records/modern*) ;;
+    *" --preset"* | *" --train_seq_len"* | *" --seqs_per_step"*) ;;
+    records/modern*)
+        if [ "$memory" -lt 14 ]; then
+            fit="--train_seq_len 4096 --seqs_per_step 32 --val_seq_len 131072" sequences=32
+        elif [ "$memory" -lt 20 ]; then
+            fit="--train_seq_len 8192 --seqs_per_step 16" sequences=16
+        fi ;;
     *)
         if [ "$memory" -lt 14 ]; then
             fit="--train_seq_len 8192 --seqs_per_step 48 --val_seq_len 131072" sequences=48
@@ -66,9 +72,9 @@ case "$script$flags" in
             fit="--train_seq_len 16384 --seqs_per_step 24" sequences=24
         elif [ "$memory" -lt 36 ]; then
             fit="--train_seq_len 24576 --seqs_per_step 16" sequences=16
-        fi
-        [ -z "$fit" ] || echo "run.sh: for a GPU of $memory GiB: $fit" ;;
+        fi ;;
 esac
+[ -z "$fit" ] || echo "run.sh: for a GPU of $memory GiB: $fit"
 
 processes=${NPROC:-$gpus}
 case "$flags" in *" --preset tiny "* | *" --preset=tiny "*) sequences=2 ;; esac

@@ -476,10 +476,10 @@ class DistributedDataLoader:
             shard = bisect.bisect(self.starts, start) - 1
             offset = HEADER_BYTES + 2 * (start - self.starts[shard])
             piece = np.fromfile(self.files[shard], "<u2", count, offset=offset)  # or the rest
-            if piece.max() >= self.vocab_size:
+            if piece.max() >= self.vocab_sizes[shard]:
                 raise UserError(
                     f"{self.files[shard]} has token {piece.max()}, beyond its vocabulary of "
-                    f"{self.vocab_size}; make it again."
+                    f"{self.vocab_sizes[shard]}; make it again."
                 )
             pieces.append(piece)
             start += len(piece)

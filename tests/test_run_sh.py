@@ -64,7 +64,16 @@ def fineweb(shards):
         ("", "6 79 64", [*fineweb(7), "torchrun 4 train_gpt.py"]),
         ("--preset tiny", "8 79 64", [TINY[1], "torchrun 2 train_gpt.py --preset tiny"]),
         ("--preset medium", "8 79 64", [*fineweb(40), "torchrun 8 train_gpt.py --preset medium"]),
-        ("modern", "1 79 64", [*fineweb(6), "python records/modern/train_modern.py"]),
+        ("modern", "1 23 64", [*fineweb(6), "python records/modern/train_modern.py"]),
+        (
+            "modern",
+            "1 15 64",
+            [
+                *fineweb(6),
+                "run.sh: for a GPU of 15 GiB: --train_seq_len 8192 --seqs_per_step 16",
+                "python records/modern/train_modern.py --train_seq_len 8192 --seqs_per_step 16",
+            ],
+        ),
         (
             "",
             "2 23 64",

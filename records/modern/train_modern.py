@@ -7,7 +7,8 @@ schedule and training step are replaced here.
     torchrun --standalone --nproc_per_node=8 records/modern/train_modern.py
     python records/modern/train_modern.py --preset tiny
 
-README.md lists the ideas with their sources, and the settings that turn them off.
+Not yet run on a GPU. records/modern/README.md lists the ideas with their sources, and the settings
+that turn them off.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     # The network
     num_layers: int = 11  # layers
     attention_free_layer: int = 6  # the layer without attention; num_layers for none
-    max_window: int = 13 * BLOCK  # attention window at the end of training; 20/13 of it after
+    max_window: int = 13 * BLOCK  # attention window in tokens in the last stage; then 20/13 of it
     fp8: str = "head"  # matmul of the head in FP8 on GPUs that support it: none or head
     key_offset: bool = True  # layers with the long window: half a key is the previous token's
     paired_heads: bool = True  # in four layers, each head attends to another one's keys, too
@@ -49,13 +50,13 @@ class Hyperparameters(train_gpt.Hyperparameters):
     smear: bool = True  # add a part of the previous embedding to each one
     # Training
     train_seq_len: int = 16 * 1024  # tokens of a training sequence, one micro-step
-    num_iterations: int = 1600  # steps; the last fortieth comes after the schedule
+    num_iterations: int = 1600  # steps; the last fortieth has the lowest rates
     cooldown_frac: float = 0.55  # fraction of the schedule over which learning rates decay
     embed_lr: float = 0.6  # learning rate of value and bigram embeddings (Adam)
-    head_lr: float = 0.008  # learning rate of the head and its embedding (Adam)
+    head_lr: float = 0.008  # learning rate of the head and the token embedding (Adam)
     scalar_lr: float = 0.04  # learning rate of the scalars; gates have parts of it (Adam)
     muon_lr: float = 0.023  # learning rate of the hidden matrices (NorMuon)
-    growing_batch: bool = True  # 2 and 3 times seqs_per_step in later thirds, at higher rates
+    growing_batch: bool = True  # 2 and 3 times seqs_per_step in later thirds of the run
     predict: int = 3  # number of next tokens to predict at first, up to 3
     normuon: bool = True  # normalize the update of each neuron
     decay: float = 1.0  # factor of all cautious weight decays
@@ -69,7 +70,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
         self.require(self.num_layers >= 11, "num_layers", "at least 11")
         self.require(self.fp8 != "all", "fp8", "none or head")
         pairs = self.num_heads % 2 == 0 or not self.paired_heads
-        self.require(pairs, "num_heads", "even for --paired_heads")
+        self.require(pairs, "num_heads", "even, or --paired_heads false")
         self.require(1 <= self.predict <= 3, "predict", "1, 2 or 3")
         self.require(self.max_document > 0, "max_document", "positive")
 
@@ -113,8 +114,8 @@ def learning_rate_factor(step, hp):
     peak = 1.0
     if hp.growing_batch:  # <= as in the record: the first step of a larger batch has the old rate
         peak = 1.0 if progress <= 1 / 3 else 1.52 if progress <= 2 / 3 else 1.73
-    warm = min(1, max(0, 1 - progress) / hp.cooldown_frac)
-    return peak * warm + 0.1 * (1 - warm)
+    cooldown = min(1, max(0, 1 - progress) / hp.cooldown_frac)
+    return peak * cooldown + 0.1 * (1 - cooldown)
 
 
 def muon_momentum(step, hp):
@@ -123,7 +124,7 @@ def muon_momentum(step, hp):
 
 
 def target_weights(step, hp):
-    """Weights of the next tokens in the loss. One of them fades out in each of the first thirds.
+    """Weights of the next tokens in the loss. The third token's fades out first, then the second's.
 
     "Better & Faster Large Language Models via Multi-token Prediction" (Gloeckle et al., 2024)
     """
@@ -139,7 +140,7 @@ def window_blocks(stage, hp):
 
 
 def yarn(stage, hp):
-    """Rotary frequencies, radians a token (head_dim / 4,), and the scale of the scores.
+    """Rotary frequencies, radians a token (head_dim / 2,), and the scale of the scores.
 
     Where the window grows, frequencies of less than one turn in it shrink by the same factor, those
     of more than 32 turns stay, and scores become sharper. "YaRN: Efficient Context Window Extension
@@ -154,7 +155,7 @@ def yarn(stage, hp):
         stays = ((turns - 1) / 31).clamp(0, 1)
         frequencies = frequencies * (ratio + stays * (1 - ratio))
         scale *= 1 - 0.2 * math.log(ratio)
-    return frequencies, scale
+    return F.pad(frequencies, (0, len(frequencies))), scale  # the other channels stay
 
 
 class Schedule(NamedTuple):
@@ -181,11 +182,12 @@ class PackingDataLoader(train_gpt.DistributedDataLoader):
     def __init__(self, filename_pattern, seq_len, *, max_document, **options):
         super().__init__(filename_pattern, seq_len, **options)
         self.packed = []  # of each sequence, the first token and the length of its documents
-        for path, start, length in zip(self.files, self.starts, self.lengths):
-            boundaries = np.flatnonzero(self.read(start, length) == self.vocab_size - 1)
+        shards = zip(self.files, self.starts, self.lengths, self.vocab_sizes)
+        for path, start, length, vocab_size in shards:
+            boundaries = np.flatnonzero(self.read(start, length) == vocab_size - 1)
             if not len(boundaries):
                 raise UserError(
-                    f"{path} has no token {self.vocab_size - 1}, which starts a document; leave it "
+                    f"{path} has no token {vocab_size - 1}, which starts a document; leave it "
                     "out, or add --pack false."
                 )
             lengths = np.diff(boundaries, append=length).clip(max=max_document)
@@ -203,8 +205,8 @@ class PackingDataLoader(train_gpt.DistributedDataLoader):
         if self.in_an_epoch < needed:
             raise UserError(
                 f"{filename_pattern} has documents for {self.in_an_epoch} sequences of {seq_len} "
-                f"tokens, and the run needs {needed}; add shards, lower --num_iterations, or add "
-                "--repeat or --pack false."
+                f"tokens, and the run needs {needed}; add shards, lower --num_iterations or "
+                "--train_seq_len, or add --repeat or --pack false."
             )
 
     def tokens(self, place):
@@ -248,8 +250,9 @@ def polar_express(G, steps, dtype):
 class NorMuon(train_gpt.Muon):
     """Muon with updates normalized by neuron, "NorMuon" (Li et al., 2025), and with weight decay.
 
-    A matrix has a neuron for each row, and a wide one for each column. decay: of weights whose
-    update has their sign, in learning rates, "Cautious Weight Decay" (Chen et al., 2025).
+    A matrix has a neuron for each row, and a wide one for each column. decay: the part of a weight,
+    in learning rates, that is added to an update of its sign, "Cautious Weight Decay" (Chen et al.,
+    2025).
     """
 
     zeropower = staticmethod(polar_express)
@@ -280,7 +283,8 @@ class CautiousAdam(torch.optim.Optimizer):
     def update(p, grad, numbers, m, v):
         """Adam of one tensor, in place, with weight decay where it has the sign of the update.
 
-        numbers (5,): beta1, beta2, learning rate, decay, and the number of steps. m, v: moments.
+        numbers: five tensors, beta1, beta2, learning rate, decay, and the number of steps. m, v:
+        moments.
         """
         beta1, beta2, lr, decay, t = numbers
         grad = grad.type_as(m)
@@ -295,12 +299,13 @@ class CautiousAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["t"] += 1
             numbers = [*group["betas"], group["lr"], group["decay"], group["t"]]
-            numbers = torch.tensor(numbers, device=group["params"][0].device)
+            # Filled on the device: a copy to it would wait for the backward pass.
+            numbers = [torch.full((), n, device=group["params"][0].device) for n in numbers]
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if p not in self.state:
-                    zeros = torch.zeros_like(p, dtype=numbers.dtype)
+                    zeros = torch.zeros_like(p, dtype=numbers[0].dtype)
                     self.state[p] = dict(m=zeros, v=zeros.clone())
                 # p.data: the shape of a Parameter would be part of the compiled code.
                 self.update(p.data, p.grad, numbers, **self.state[p])
@@ -436,10 +441,8 @@ class GPT(train_gpt.GPT):
         # In paired heads the position depends on the head's number and not on its row.
         position = torch.arange(len(input_seq), device=input_seq.device)[:, None, None]
         parity = torch.arange(self.hp.num_heads, device=input_seq.device)[:, None] % 2
-        angle = position * schedule.frequencies
-        turn = torch.stack([angle.cos(), angle.sin()]).type_as(x)
-        angle = (2 * position + parity) * schedule.frequencies
-        turn_paired = torch.stack([angle.cos(), angle.sin()]).type_as(x)
+        angles = [place * schedule.frequencies for place in (position, 2 * position + parity)]
+        turn, turn_paired = (torch.stack([a.cos(), a.sin()]).type_as(x) for a in angles)
         document = (input_seq == self.vocab_size - 1).cumsum(0)
         long, short = schedule.windows
         kinds = dict(
@@ -504,7 +507,7 @@ def build_optimizers(model, hp, machine):
         dict(params=[model.skip_gate], lr=hp.scalar_lr / 100),
         dict(params=[model.smear_gate], lr=hp.scalar_lr / 500),
     ]
-    adam = CautiousAdam(groups, dict(betas=(0.9, 0.99), decay=0.0, t=0))
+    adam = CautiousAdam(groups, dict(betas=(0.9, 0.99), decay=0.0, t=0.0))
     if machine.is_gpu:  # one kernel instead of a dozen: the tables are large
         adam.update = torch.compile(adam.update, dynamic=True)
     for mlp in model.mlps:
@@ -527,13 +530,8 @@ def set_schedule(optimizers, step, hp, machine):
     stage = stage_of_step(step, hp)
     short = max(1, window_blocks(stage, hp) // 2)
     long = window_blocks(4 if step == hp.num_iterations else stage, hp)
-    frequencies, scale = yarn(stage, hp)
-    values = (
-        torch.tensor([long, short], dtype=torch.int32),
-        F.pad(frequencies, (0, len(frequencies))),
-        scale,
-        target_weights(step, hp),
-    )
+    windows = torch.tensor([long, short], dtype=torch.int32)
+    values = windows, *yarn(stage, hp), target_weights(step, hp)
     return Schedule(*(torch.as_tensor(value, device=machine.device) for value in values))
 
 
@@ -556,14 +554,13 @@ def training_step(model, optimizers, batches, schedule, step, stop, hp, machine)
     batches: this process's micro-batches. stop: whether this process was asked to stop. Returns
     float32 (2,): the mean loss of the next token, and how many processes were asked to stop.
     """
-    total = torch.zeros((), device=machine.device)
+    result = torch.tensor([0.0, stop], device=machine.device)
+    tokens = sequences_of_step(step, hp) * hp.train_seq_len
     for inputs, targets in batches:
         losses = model(inputs, targets, schedule)
-        # Not the batch's number of sequences: with it, the gradients grow.
+        # A constant, so that gradients grow with the batch, as in the record.
         (losses @ schedule.target_weights / hp.seqs_per_step).backward()
-        total += losses[0].detach()
-    tokens = sequences_of_step(step, hp) * hp.train_seq_len
-    result = torch.stack([total / tokens, torch.full_like(total, stop)])
+        result[0] += losses[0].detach() / tokens
     adam, muon = optimizers
     adam_steps = step % 2 == 1
     parameters = model.parameters() if adam_steps else muon.owner
