@@ -83,7 +83,10 @@ PRESETS = {
         attention_free_layer=6,
         train_seq_len=512,
         cooldown_frac=0.55,
-        muon_lr=0.016,
+        embed_lr=0.3,
+        head_lr=0.008,
+        scalar_lr=0.04,
+        muon_lr=0.032,
         pack=False,  # few long texts: packing would leave most of their tokens out
     ),
 }
